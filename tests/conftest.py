@@ -1,0 +1,27 @@
+"""Every test runs on 8 virtual CPU devices, with shape checks, strict ranks and a compilation cache."""
+
+import os
+import pathlib
+
+CACHE = pathlib.Path(__file__).parent.parent / ".cache"
+# Eight virtual devices share few cores: a collective may wait long for a thread that is not scheduled.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JKD_DATA_DIR", str(CACHE / "data"))
+
+import jax
+import jaxtyping
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Every annotated shape and dtype of the library is checked while tests run.
+jaxtyping.install_import_hook("jkd", "beartype.beartype").install()
+
+settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("jkd")
