@@ -1,0 +1,35 @@
+"""Stages, the sharded step, the loop, checkpoints and ensembles."""
+
+from jkd.train.ensemble import ensemble
+from jkd.train.loop import LoopOptions, NonFiniteError, load_outcome, run
+from jkd.train.mesh import fsdp, jit_step, make_mesh, place, replicate, shard, tree_shardings
+from jkd.train.passes import evaluate, sweep
+from jkd.train.signals import Preempted
+from jkd.train.stage import Evaluator, Outcome, Stage
+from jkd.train.state import Aux, TrainState, chain, create_state, make_train_step
+
+__all__ = [
+    "Aux",
+    "Evaluator",
+    "LoopOptions",
+    "NonFiniteError",
+    "Outcome",
+    "Preempted",
+    "Stage",
+    "TrainState",
+    "chain",
+    "create_state",
+    "ensemble",
+    "evaluate",
+    "fsdp",
+    "jit_step",
+    "load_outcome",
+    "make_mesh",
+    "make_train_step",
+    "place",
+    "replicate",
+    "run",
+    "shard",
+    "sweep",
+    "tree_shardings",
+]

@@ -1,0 +1,101 @@
+"""One door to every data set: bundled ones, IDX folders, and what TFDS has prepared."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from jkd.data.dataset import Dataset, from_arrays
+from jkd.data.idx import has_idx, read_idx_split
+from jkd.data.rows import Rows
+from jkd.errors import UserError, unknown
+
+BUNDLED = ("digits8x8", "mnist5k")
+IDX = ("fashion_mnist", "kmnist", "mnist")
+# Debian's package dataset-fashion-mnist.
+FASHION_MNIST_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")
+IDX_HINTS = dict.fromkeys(IDX, " (Or give a data_dir that holds its four IDX files.)")
+IDX_HINTS["fashion_mnist"] += " (Debian has them: apt install dataset-fashion-mnist.)"
+IN_MEMORY_BYTES = 1_000_000_000
+
+
+def load(
+    name: str,
+    split: str = "train",
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    image_size: int | None = None,
+    in_memory: bool | None = None,
+) -> Dataset:
+    """Loads one split of a data set; nothing is ever downloaded.
+
+    - "mnist5k" (5,000 MNIST digits 28x28x1; train 1,000, test 4,000) and "digits8x8" (scikit-learn's 1,797
+      digits, grey levels 0..16 scaled to 0..255; train 1,297, test 500) come with the dependencies. Their
+      first use writes them as array_record to `data_dir`, by default $JKD_DATA_DIR or ~/.cache/jkd.
+    - "fashion_mnist", "mnist", "kmnist" from a `data_dir` with IDX files; fashion_mnist also without one
+      where Debian's dataset-fashion-mnist is installed.
+    - Any other name: a TFDS set prepared as array_record in `data_dir` (TFDS's own default folder: None) with
+      features "image" and "label"; "name/config:version" works.
+
+    Args:
+      name: the data set.
+      split: "train", "test", "all" (train, then test) or what TFDS accepts, such as "train[:90%]+test".
+      data_dir: see above.
+      image_size: needed for images of variable size (ImageNet: 224): training sources read random resized
+        crops, everything else the central crop of 224/256 of the shorter side.
+      in_memory: whether to read a TFDS set into memory; None: images of fixed size under 1 GB. Bundled and
+        IDX sets always are.
+
+    Raises:
+      UserError: one line with the fix, for an unknown name or split, a set that is not prepared or only as
+        TFRECORD, or IDX files that are missing or damaged.
+    """
+    folder = None if data_dir is None else os.fspath(data_dir)
+    split = "train+test" if split == "all" else split
+    idx = _idx_folder(name, folder)
+    if (name in BUNDLED or idx) and image_size is not None:
+        raise UserError(f"Images of {name!r} have one size: leave image_size={image_size} out.")
+    if idx:
+        return _load_idx(name, split, idx)
+    # Imported here: a third of a second that programs without TFDS data do not spend.
+    from jkd.data import builders, records
+
+    if name in BUNDLED:
+        rows = records.RecordRows(builders.bundled_builder(name, folder), split)
+        return _dataset(name, rows, in_memory=True)
+    try:
+        builder = records.find_builder(name, folder, (*BUNDLED, *IDX))
+    except UserError as error:
+        raise UserError(f"{error}{IDX_HINTS.get(name, '')}") from error
+    rows = records.RecordRows(builder, split, image_size)
+    if in_memory is None:
+        in_memory = not rows.varies and len(rows) * int(np.prod(rows.shape)) < IN_MEMORY_BYTES
+    return _dataset(name, rows, in_memory)
+
+
+def _dataset(name: str, records, in_memory: bool) -> Dataset:
+    rows: Rows = records.in_memory() if in_memory else records
+    return Dataset(name, records.num_classes, records.shape, rows, np.arange(len(rows), dtype=np.int32))
+
+
+def _idx_folder(name: str, data_dir: str | None) -> str | None:
+    """The folder to read IDX files from, or None where `name` is not an IDX set."""
+    if name not in IDX:
+        return None
+    if data_dir is not None:
+        return data_dir if has_idx(data_dir) else None
+    return str(FASHION_MNIST_DIR) if name == "fashion_mnist" and has_idx(FASHION_MNIST_DIR) else None
+
+
+def _load_idx(name: str, split: str, folder: str) -> Dataset:
+    if split in ("train", "test"):
+        return from_arrays(*read_idx_split(folder, split), num_classes=10, name=name)
+    if not set("[+") & set(split):
+        raise unknown("split", split, ("train", "test", "all"))
+    from jkd.data.records import slices
+
+    whole = {part: read_idx_split(folder, part) for part in ("train", "test")}
+    sizes = {part: len(labels) for part, (_, labels) in whole.items()}
+    parts = [[array[rows] for array in whole[part]] for part, rows in slices(split, sizes)]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return from_arrays(images, labels, num_classes=10, name=name)

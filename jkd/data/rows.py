@@ -1,0 +1,106 @@
+"""Where a data set's rows come from: whole arrays in memory, records on disk, or several of them joined."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkd.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Labelled images that are read by row number."""
+
+    @property
+    def arrays(self) -> Batch | None:
+        """All rows as arrays, or None where they stay on disk."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of every row, int32[rows]."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
+        """Reads `rows` as {"image": uint8[n, H, W, C], "label": int32[n]}.
+
+        With a `seed`, images of variable size take a random resized crop that (seed, position) decides;
+        without one they take the central crop. Images of fixed size are read as they are.
+        """
+
+
+class ArrayRows:
+    """Rows held as whole arrays."""
+
+    def __init__(self, image: np.ndarray, label: np.ndarray):
+        self.arrays: Batch = {"image": image, "label": label}
+
+    def __len__(self) -> int:
+        return len(self.arrays["label"])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of every row."""
+        return self.arrays["label"]
+
+    @functools.cached_property
+    def on_device(self) -> dict[str, jax.Array]:
+        """The same arrays on the default device, moved once and shared by all sources over them."""
+        return jax.tree.map(jnp.asarray, self.arrays)
+
+    def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
+        """Takes `rows` out of the arrays."""
+        del seed, positions  # whole arrays have a fixed size: nothing is cropped
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+
+class JoinedRows:
+    """Rows of several sets one after the other, at least one of them on disk; classes are offset."""
+
+    arrays = None
+
+    def __init__(self, parts: Sequence[tuple[Any, int]]):
+        """Joins (data set, class offset) pairs."""
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(dataset) for dataset, _ in parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The class of every row, offset."""
+        return np.concatenate([dataset.labels + np.int32(offset) for dataset, offset in self.parts])
+
+    def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
+        """Reads each part's rows at once."""
+        part_of_row = np.searchsorted(self.starts, rows, side="right") - 1
+        out: Batch = {}
+        for number in np.unique(part_of_row):
+            dataset, offset = self.parts[number]
+            here = np.flatnonzero(part_of_row == number)
+            there = None if positions is None else positions[here]
+            read = dataset.read(rows[here] - self.starts[number], seed, there)
+            read["label"] = read["label"] + np.int32(offset)
+            for name, values in read.items():
+                out.setdefault(name, np.empty((len(rows), *values.shape[1:]), values.dtype))[here] = values
+        return out
+
+
+def check_arrays(name: str, image: np.ndarray, label: np.ndarray, num_classes: int) -> None:
+    """Raises UserError unless `image` is uint8[N, H, W, C] and `label` holds N classes."""
+    if image.ndim != 4 or image.dtype != np.uint8:
+        raise UserError(
+            f"Images of {name!r} must be uint8[N, H, W, C], got {image.dtype}{list(image.shape)}."
+        )
+    if label.shape != image.shape[:1]:
+        raise UserError(f"{name!r} has {len(image)} images but labels of shape {list(label.shape)}.")
+    if label.size and not (label.min() >= 0 and label.max() < num_classes):
+        raise UserError(
+            f"Labels of {name!r} must be in [0, {num_classes}), got {label.min()} to {label.max()}."
+        )

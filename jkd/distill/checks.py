@@ -1,0 +1,118 @@
+"""What every distillation loss checks at its door, and the types of what it accepts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from jkd.errors import UserError
+
+Tensor = jax.Array | np.ndarray
+Scalar = int | float | np.number | Num[Tensor, ""]
+
+
+def concrete(value: ArrayLike) -> np.ndarray | None:
+    """The host copy of `value`, or None where it is traced or lies partly on other hosts."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)
+
+
+def as_float(name: str, values: ArrayLike) -> Array:
+    """`values` as a jax array of at least float32: bfloat16 and float16 are too coarse for a loss.
+
+    Raises:
+      UserError: if the values are not floating point.
+    """
+    if not jnp.issubdtype(jnp.result_type(values), jnp.floating):
+        raise UserError(f"{name} must be floating point, got {jnp.result_type(values)}.")
+    array = jnp.asarray(values)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def logit_matrix(name: str, logits: ArrayLike) -> Float[Array, "batch classes"]:
+    """`logits` as a matrix of at least float32 with two classes or more.
+
+    Raises:
+      UserError: if `logits` is no floating point matrix, or has fewer than two classes.
+    """
+    if jnp.ndim(logits) != 2:
+        raise UserError(f"{name} must have the shape [batch, classes], got {list(jnp.shape(logits))}.")
+    if jnp.shape(logits)[1] < 2:
+        raise UserError(f"{name} must have at least 2 classes, got the shape {list(jnp.shape(logits))}.")
+    return as_float(name, logits)
+
+
+def logit_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
+    """Both logits as matrices of one shape; no gradient passes through the teacher's.
+
+    Raises:
+      UserError: as `logit_matrix`, or if the shapes differ.
+    """
+    student = logit_matrix("student_logits", student_logits)
+    teacher = logit_matrix("teacher_logits", teacher_logits)
+    if student.shape != teacher.shape:
+        raise UserError(
+            "student_logits and teacher_logits must have the same shape, "
+            f"got {list(student.shape)} and {list(teacher.shape)}."
+        )
+    return student, jax.lax.stop_gradient(teacher)
+
+
+def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> Int[Array, "batch"]:
+    """`labels` as int32, one for each row of `logits`.
+
+    Raises:
+      UserError: if the labels are no integers of shape [batch], or are known here and lie outside
+        [0, classes). Traced labels cannot raise: see `known_class`.
+    """
+    batch, classes = logits.shape
+    if jnp.shape(labels) != (batch,):
+        raise UserError(
+            f"labels must have the shape [{batch}] (one for each row of logits), "
+            f"got {list(jnp.shape(labels))}."
+        )
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise UserError(f"labels must be integers, got {jnp.result_type(labels)}.")
+    known = concrete(labels)
+    if known is not None and known.size and (known.min() < 0 or known.max() >= classes):
+        raise UserError(f"labels must lie in [0, {classes - 1}], got {known.min()} to {known.max()}.")
+    return jnp.asarray(labels).astype(jnp.int32)
+
+
+def known_class(labels: Int[Array, "batch"], classes: int) -> Bool[Array, "batch"]:
+    """True where a label names one of the `classes`; losses turn the other rows into NaN.
+
+    Indexing would take -1 for the last class, and a one-hot row for it would be all zeros: both hide
+    the mistake.
+    """
+    return (labels >= 0) & (labels < classes)
+
+
+def check_positive(name: str, value: ArrayLike) -> None:
+    """Stops a value that is known here and not a finite number > 0.
+
+    Raises:
+      UserError: if so. A traced value passes: a bad one shows as NaN or inf in the result.
+    """
+    known = concrete(value)
+    if known is not None and not np.all(np.isfinite(known) & (known > 0)):
+        raise UserError(f"{name} must be positive and finite, got {value}.")
+
+
+def batch_temperature(temperature: ArrayLike, logits: Float[Array, "batch classes"]) -> Float[Array, "batch"]:
+    """`temperature`, a scalar or one for each example, as one for each example.
+
+    Raises:
+      UserError: if its shape is neither [] nor [batch], or a value known here is not positive and finite.
+    """
+    batch = logits.shape[0]
+    if jnp.shape(temperature) not in ((), (batch,)):
+        raise UserError(
+            f"temperature must be a scalar or have the shape [{batch}], got {list(jnp.shape(temperature))}."
+        )
+    check_positive("temperature", temperature)
+    return jnp.broadcast_to(jnp.asarray(temperature, logits.dtype), (batch,))

@@ -1,0 +1,68 @@
+"""A multilayer perceptron."""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jkd.nn.layers import (
+    Images,
+    at_least_float32,
+    check_classes,
+    check_images,
+    check_width,
+    head,
+    linear,
+)
+from jkd.nn.outputs import Outputs
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU on the flattened input, then a linear head.
+
+    Attributes:
+      hidden: units of each hidden layer; () is a linear classifier.
+      num_classes: at least 2.
+      dtype: of the hidden layers; the last hidden vector ("pool") and the logits are float32 at least.
+      param_dtype: of the parameters.
+
+    Raises:
+      UserError: where a field is not as above, or the images are not floating.
+    """
+
+    hidden: tuple[int, ...] = (256, 256)
+    num_classes: int = 10
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        check_classes(self.num_classes)
+        for units in self.hidden:
+            check_width(units)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Images, train: bool = False) -> Outputs:
+        """Returns logits and the features "hidden1" ... "hiddenN" and "pool"; `train` changes nothing."""
+        del train
+        x = check_images(images)
+        # The size is spelled out: -1 is ambiguous for an empty batch.
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        features = {}
+        for i, units in enumerate(self.hidden, start=1):
+            x = nn.relu(linear(x.shape[-1], units, self.dtype, self.param_dtype, f"hidden{i}")(x))
+            features[f"hidden{i}"] = x
+        features["pool"] = x.astype(at_least_float32(self.dtype))
+        return Outputs(head(features["pool"], self.num_classes, self.param_dtype), features)
+
+
+def mlp(
+    num_classes: int = 10,
+    *,
+    hidden: tuple[int, ...] = (256, 256),
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> MLP:
+    """A multilayer perceptron with the `hidden` layers."""
+    return MLP(tuple(hidden), num_classes, dtype, param_dtype)

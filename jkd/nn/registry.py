@@ -1,0 +1,85 @@
+"""Models by name, for configs and commands."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jkd.errors import UserError, unknown
+from jkd.nn.cnn import cnn
+from jkd.nn.mlp import mlp
+from jkd.nn.resnet import (
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet110,
+)
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    builder.__name__: builder
+    for builder in (
+        cnn,
+        mlp,
+        resnet8,
+        resnet14,
+        resnet20,
+        resnet32,
+        resnet44,
+        resnet56,
+        resnet110,
+        resnet8x4,
+        resnet32x4,
+        resnet18,
+        resnet34,
+        resnet50,
+    )
+}
+
+
+def names() -> list[str]:
+    """The known model names: small nets, then CIFAR ResNets, then ImageNet ResNets."""
+    return list(_BUILDERS)
+
+
+def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """Builds the model `name`, the same as calling `jkd.nn.<name>(num_classes, **kwargs)`.
+
+    Args:
+      name: one of `names()`.
+      num_classes: at least 2.
+      **kwargs: `dtype` and `param_dtype` (floating dtypes, or their names such as "bfloat16") for every
+        model; `width` (channels of the stem) for convolutional ones; `hidden` (units a layer) for "mlp".
+
+    Raises:
+      UserError: where the name or an argument is unknown, or a value is out of range.
+    """
+    if name not in _BUILDERS:
+        raise unknown("model", name, _BUILDERS)
+    builder = _BUILDERS[name]
+    accepted = set(inspect.signature(builder).parameters) - {"num_classes"}
+    for argument in kwargs:
+        if argument not in accepted:
+            raise unknown(f"argument of {name}", argument, accepted)
+    for argument in kwargs.keys() & {"dtype", "param_dtype"}:
+        kwargs[argument] = _floating(argument, kwargs[argument])
+    return builder(num_classes, **kwargs)
+
+
+def _floating(argument: str, value: Any) -> Any:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"{argument} must be floating, such as 'float32' or 'bfloat16', got {value!r}.")
+    return dtype

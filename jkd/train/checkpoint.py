@@ -1,0 +1,318 @@
+"""Checkpoints that are atomic, verified leaf by leaf, and restored onto any mesh."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jkd.errors import UserError
+from jkd.train.mesh import path_name, place
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint that cannot be read back, or whose arrays are not those that were written."""
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    # Sum of all bits, each weighted by an odd number from its position, modulo 2^32: integer sums do not
+    # depend on the sharding, and an odd weight cannot hide a flipped bit.
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+    words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
+    position = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _has_nan(leaf: jax.Array) -> jax.Array:
+    return jnp.isnan(leaf).any() if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros((), bool)
+
+
+@jax.jit
+def _inspect(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    return [_fingerprint(x) for x in leaves], [_has_nan(x) for x in leaves]
+
+
+def inspect_tree(tree: Any) -> dict[str, dict[str, Any]]:
+    """For every leaf by path: shape, dtype, a 32-bit fingerprint of its bits, and whether it holds a NaN."""
+    paths, leaves = zip(*jax.tree.leaves_with_path(tree), strict=True) if jax.tree.leaves(tree) else ((), ())
+    prints, nans = jax.device_get(_inspect(list(leaves)))
+    return {
+        path_name(path): {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "fingerprint": int(value),
+            "nan": bool(nan),
+        }
+        for path, leaf, value, nan in zip(paths, leaves, prints, nans, strict=True)
+    }
+
+
+def _raw(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def _verify(tree: Any, written: dict[str, dict[str, Any]]) -> None:
+    for name, now in inspect_tree(tree).items():
+        if now["fingerprint"] != written[name]["fingerprint"]:
+            raise CorruptCheckpointError(f"{name} was altered on disk (fingerprints differ)")
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes (nothing to do for one)."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+# --- plain trees: dicts, lists, tuples and arrays, restorable without the code that made them ---
+
+
+def _encode(tree: Any, leaves: list[Any], where: str) -> Any:
+    if tree is None:
+        return {"none": True}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [_encode(x, leaves, f"{where}/{i}") for i, x in enumerate(tree)]}
+    if isinstance(tree, dict):
+        if not all(isinstance(name, str) for name in tree):
+            raise UserError(f"{where}: the keys of a stored dict must be strings, got {list(tree)}.")
+        return {"dict": {name: _encode(tree[name], leaves, f"{where}/{name}") for name in sorted(tree)}}
+    if isinstance(tree, jax.Array | np.ndarray | np.generic | int | float | bool):
+        leaves.append(jnp.asarray(tree) if not isinstance(tree, jax.Array) else tree)
+        return {"array": len(leaves) - 1}
+    raise UserError(
+        f"{where} is a {type(tree).__name__}; what a stage prepares or publishes must be a plain tree of dicts, "
+        "lists, tuples and arrays (a NamedTuple: x._asdict(); a TrainState: x.variables)."
+    )
+
+
+def _decode(code: Any, leaves: list[Any]) -> Any:
+    ((kind, value),) = code.items()
+    if kind == "array":
+        return leaves[value]
+    if kind == "dict":
+        return {name: _decode(x, leaves) for name, x in value.items()}
+    if kind == "none":
+        return None
+    return {"list": list, "tuple": tuple}[kind](_decode(x, leaves) for x in value)
+
+
+def save_plain(directory: epath.Path, tree: Any, meta: dict[str, Any], *, mesh: Any, rules: Any) -> None:
+    """Writes a plain tree and JSON-able `meta` as one atomic directory, which must not exist yet.
+
+    Raises:
+      UserError: if the tree holds anything but dicts with string keys, lists, tuples and arrays.
+    """
+    leaves: list[Any] = []
+    structure = _encode(tree, leaves, directory.name)
+    arrays = {f"{i}": leaf for i, leaf in enumerate(place(_raw(leaves), mesh, rules))}
+    info = {
+        "structure": structure,
+        "leaves": inspect_tree(arrays),
+        "keys": [is_key(x) for x in leaves],
+        **meta,
+    }
+    items: dict[str, Any] = {"meta": ocp.args.JsonSave(info)}
+    if arrays:
+        items["arrays"] = ocp.args.StandardSave(arrays)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.Composite(**items))
+
+
+def load_meta(directory: epath.Path) -> dict[str, Any]:
+    """Reads the `meta` of a directory that `save_plain` wrote."""
+    return json.loads((directory / "meta" / "metadata").read_text())
+
+
+def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads back what `save_plain` wrote, sharded by the rules, every leaf verified.
+
+    Raises:
+      UserError: if the directory cannot be read, or an array differs from what was written.
+    """
+    try:
+        info = load_meta(directory)
+        shapes = {
+            name: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for name, leaf in info["leaves"].items()
+        }
+        arrays = _restore(directory, shapes, mesh, rules) if shapes else {}
+        _verify(arrays, info["leaves"])
+    except Exception as error:
+        raise UserError(
+            f"The stored result {directory} cannot be used: {_first_line(error)}. "
+            "Remove the stage's folder to train that stage again."
+        ) from error
+    leaves = [arrays[f"{i}"] for i in range(len(shapes))]
+    leaves = [jax.random.wrap_key_data(x) if k else x for x, k in zip(leaves, info["keys"], strict=True)]
+    return _decode(info["structure"], leaves), info
+
+
+def _restore(directory: epath.Path, shapes: Any, mesh: Any, rules: Any) -> Any:
+    from jkd.train.mesh import tree_shardings
+
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        tree_shardings(shapes, mesh, rules),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(directory, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))).arrays
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+# --- the checkpoints of one running stage ---
+
+
+class Checkpoints:
+    """The checkpoints of one running stage: async, atomic, retained, verified when restored."""
+
+    def __init__(self, directory: epath.Path, *, keep: int = 3):
+        self._directory, self._keep = directory, keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
+
+    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
+        """Starts writing `tree` and JSON-able `meta` as checkpoint `step`.
+
+        Raises:
+          UserError: if the step is there already, or the tree holds a NaN.
+        """
+        if step in self._manager.all_steps():
+            raise UserError(f"Checkpoint {self._directory / str(step)} exists already; it is never overwritten.")
+        raw = _raw(tree)
+        leaves = inspect_tree(raw)
+        bad = [name for name, leaf in leaves.items() if leaf["nan"]]
+        if bad:
+            raise UserError(
+                f"Step {step}: the state holds NaN in {', '.join(bad[:3])}{' ...' if bad[3:] else ''}; "
+                "it was not saved. Lower the learning rate, or look at the last good checkpoint."
+            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(raw), meta=ocp.args.JsonSave({"leaves": leaves, **meta})
+            ),
+            force=True,
+        )
+
+    def restore_newest(self, target: Any, say: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
+        """Restores the newest checkpoint that reads back bit for bit, or None where there is none.
+
+        A corrupt one is reported through `say` and moved to `corrupt/` beside the checkpoints.
+
+        Args:
+          target: the tree of `jax.ShapeDtypeStruct`s with shardings to restore into.
+          say: prints one line.
+
+        Raises:
+          UserError: if a checkpoint is sound but its arrays are not the target's (the code has changed), or if
+            there were checkpoints and all are corrupt.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, target)
+            except UserError:
+                raise
+            except Exception as error:
+                say(f"Checkpoint {self._directory / str(step)} is corrupt ({_first_line(error)}).")
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"All checkpoints in {self._directory} were corrupt and are now in {self._corrupt}. "
+                "Run the same command once more to train this stage from its start."
+            )
+        return None
+
+    def _restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        raw = jax.tree.map(_raw_target, target)
+        _check_leaves(raw, meta["leaves"], self._directory / str(step))
+        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(raw))).state
+        _verify(tree, meta["leaves"])
+        wrapped = jax.tree.map(lambda x, t: jax.random.wrap_key_data(x) if is_key(t) else x, tree, target)
+        return wrapped, meta
+
+    @property
+    def _corrupt(self) -> epath.Path:
+        return self._directory.parent.parent / "corrupt"
+
+    def _set_aside(self, step: int) -> None:
+        barrier("corrupt-checkpoint")
+        if jax.process_index() == 0:
+            self._corrupt.mkdir(parents=True, exist_ok=True)
+            aside = self._corrupt / f"{self._directory.name}-{step}"
+            while aside.exists():
+                aside = aside.parent / (aside.name + "x")
+            (self._directory / str(step)).rename(aside)
+        barrier("corrupt-checkpoint-moved")
+        self._manager.close()
+        self._manager = self._open()
+
+    def steps(self) -> list[int]:
+        """The steps that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the background threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def remove(self) -> None:
+        """Deletes the folder: the stage is finished and its outcome stored."""
+        self.close()
+        barrier("checkpoints-done")
+        if jax.process_index() == 0:
+            remove_folder(self._directory)
+
+
+def remove_folder(directory: epath.Path) -> None:
+    """Deletes a folder and all in it; a folder that is already gone is fine."""
+    if not os.path.isdir(os.fspath(directory)):
+        if directory.exists():
+            directory.rmtree()
+        return
+    shutil.rmtree(os.fspath(directory))
+
+
+def _raw_target(leaf: Any) -> Any:
+    if not is_key(leaf):
+        return leaf
+    shape = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=leaf.sharding)
+
+
+def _check_leaves(target: Any, written: dict[str, Any], where: epath.Path) -> None:
+    wanted = {path_name(p): (list(x.shape), str(x.dtype)) for p, x in jax.tree.leaves_with_path(target)}
+    found = {name: (leaf["shape"], leaf["dtype"]) for name, leaf in written.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{where} does not fit this run: {name} is {found.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'not wanted')} here. Use the code and config it was made with, or a new workdir."
+            )

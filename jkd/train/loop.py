@@ -1,0 +1,474 @@
+"""The loop: runs a list of stages with checkpoints, logs, evaluation and exact resumption."""
+
+import dataclasses
+import json
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from jkd.errors import UserError
+from jkd.train import workdir as workdirs
+from jkd.train.checkpoint import Checkpoints, barrier, load_meta, load_plain, remove_folder, save_plain
+from jkd.train.ensemble import member, previous_of, stack
+from jkd.train.log import Events, JsonLines, Meter, console, jsonable
+from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, cross, make_mesh, place, tree_shardings
+from jkd.train.passes import Residents, batch_axis, evaluate, sweep
+from jkd.train.program import Carry, make_carry, plan_stage, split_key, step_program
+from jkd.train.signals import Preempted, StopRequest
+from jkd.train.stage import Outcome, Stage, check_stages
+
+
+class NonFiniteError(UserError):
+    """A metric of a step was NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """How a run is executed; none of it changes what is computed.
+
+    Attributes:
+      checkpoint_every: steps between checkpoints of a stage; 0 saves only when asked to stop.
+      keep: checkpoints of the running stage that are kept.
+      progress: whether to show a bar (on a terminal) or lines.
+      tensorboard: whether to write TensorBoard events.
+    """
+
+    checkpoint_every: int = 1000
+    keep: int = 3
+    progress: bool = True
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass
+class _Context:
+    workdir: epath.Path
+    mesh: Mesh
+    rules: Rules
+    key: jax.Array
+    log_every: int
+    options: LoopOptions
+    residents: Residents
+    stop: StopRequest
+    lines: JsonLines | None = None
+    steps_before: int = 0
+
+    @property
+    def chief(self) -> bool:
+        return jax.process_index() == 0
+
+    def say(self, text: str) -> None:
+        if self.chief:
+            console.print(text)
+
+    def sweep(self, fn: Any, args: Any, source: Any, key: Any = None) -> Any:
+        return sweep(fn, args, source, key, mesh=self.mesh, residents=self.residents, rules=self.rules)
+
+
+def run(
+    stages: Sequence[Stage],
+    *,
+    workdir: str,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    log_every: int = 50,
+    options: LoopOptions | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Runs the stages in order and returns, for each, `{"steps", "metrics", "history"}`.
+
+    Killed anywhere and called again with the same arguments it goes on where it was and ends with the same
+    bits (on the same mesh and number of processes). A finished run returns at once.
+
+    Args:
+      stages: the run; each stage may need earlier ones.
+      workdir: a folder of this run alone, local or remote (`gs://...`).
+      seed: the run's seed; a stage's key is derived from it and the stage's name, unless it has its own.
+      config: what decides the result, kept in `config.json`: a workdir of another config is refused.
+      mesh: by default all devices on the data axis.
+      rules: how parameters, optimizer states and constants are split; see `jkd.train.mesh`.
+      log_every: steps in a log window; the logged metrics are means over it.
+      options: how to execute.
+
+    Raises:
+      UserError: for mistakes in the stages, the config or the workdir, before anything is compiled.
+      NonFiniteError: when a metric is not finite; a bundle for debugging is in `workdir/debug`.
+      Preempted: after SIGTERM, when the state is saved.
+    """
+    check_stages(stages)
+    if log_every < 1:
+        raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
+    mesh = make_mesh() if mesh is None else mesh
+    folder = epath.Path(workdir)
+    workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
+    with StopRequest() as stop:
+        key = jax.random.key(seed)
+        options = options or LoopOptions()
+        ctx = _Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
+        results = {}
+        for index, stage in enumerate(stages):
+            results[stage.name] = _StageRun(ctx, stages, index).result()
+            ctx.steps_before += stage.num_steps
+    return results
+
+
+def load_outcome(workdir: str, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> Outcome:
+    """Loads a finished stage's outcome by name, onto any mesh, without the code that made it."""
+    mesh = make_mesh() if mesh is None else mesh
+    found = sorted((epath.Path(workdir) / "stages").glob(f"[0-9][0-9]-{name}"))
+    if not found or not (found[0] / "outcome").exists():
+        raise UserError(f"{workdir} holds no finished stage {name!r}; finish its training first.")
+    return _load_outcome(found[0], mesh, rules)
+
+
+def _load_outcome(folder: epath.Path, mesh: Mesh, rules: Rules) -> Outcome:
+    published, info = load_plain(folder / "outcome", mesh=mesh, rules=rules)
+    consts, _ = load_plain(folder / "consts", mesh=mesh, rules=rules)
+    snapshots = {
+        int(path.name.split("-")[1]): load_plain(path, mesh=mesh, rules=rules)[0]
+        for path in sorted(folder.glob("snapshot-*"))
+        if not path.name.endswith("tmp")
+    }
+    return Outcome(published, snapshots, consts, info["metrics"], info["members"])
+
+
+class _Member:
+    """One program's worth of a stage: the whole stage, or one seed of a looped ensemble."""
+
+    def __init__(self, ctx: _Context, stage: Stage, key: jax.Array, previous: Mapping[str, Outcome], consts: Any):
+        self.consts, self.previous = consts, previous
+        _, self.init_key, self.step_key = split_key(key)
+        self.source = stage.data(consts)
+        if self.source is not None:
+            check_batch_size(self.source.batch_size, ctx.mesh)
+        self.resident = None if self.source is None else ctx.residents(self.source)
+        self.plan = plan_stage(
+            stage, self.source, self.init_key, previous, consts, ctx.mesh, ctx.rules, jax.process_count()
+        )
+        self.step_key = place(self.step_key, ctx.mesh)
+        self.carry: Any = None
+
+    def target(self) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.plan.carry,
+            self.plan.shardings,
+        )
+
+    def create(self, stage: Stage) -> None:
+        metrics = self.plan.carry.report.sums
+
+        def init(key: Any, previous: Any, consts: Any) -> Carry:
+            return make_carry(stage.init(key, previous, consts), metrics)
+
+        jitted = jax.jit(init, out_shardings=self.plan.shardings)
+        self.carry = jitted(self.init_key, self.previous, self.consts)
+
+    def crossings(self, start: int, stop: int) -> Iterator[Any]:
+        if self.source is None:
+            yield from (None for _ in range(start, stop))
+        else:
+            yield from self.source.iterate(start, stop, jax.process_index(), jax.process_count())
+
+
+class _StageRun:
+    """One stage of a run, from whatever is on disk to its outcome."""
+
+    def __init__(self, ctx: _Context, stages: Sequence[Stage], index: int):
+        self.ctx, self.stages, self.stage = ctx, stages, stages[index]
+        self.index = index
+        self.folder = workdirs.stage_folder(ctx.workdir, index, self.stage.name)
+        self.history: dict[str, dict[str, Any]] = {}
+        self.metrics: dict[str, Any] = {}
+        self.t = 0
+        self._open: Any = None  # the last dispatched step's (t, reports), not read yet
+
+    # --- the stage as a whole ---
+
+    def result(self) -> dict[str, Any]:
+        """Finishes the stage if it is not, and returns its numbers."""
+        checkpoints = self.ctx.workdir / "checkpoints" / self.folder.name
+        if not (self.folder / "outcome").exists():
+            self._train(checkpoints)
+        if self.ctx.chief:
+            remove_folder(checkpoints)
+        info = load_meta(self.folder / "outcome")
+        self.ctx.lines = None
+        return {"steps": self.stage.num_steps, "metrics": info["metrics"], "history": info["history"]}
+
+    def _train(self, checkpoint_folder: epath.Path) -> None:
+        ctx, stage = self.ctx, self.stage
+        previous = self._previous()
+        key = self._key()
+        members = self._members(key, previous, self._prepared(key, previous))
+        self.members = members
+        self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
+        try:
+            self._resume_or_create()
+            self._open_logs()
+            self._steps()
+            self._settle()
+            self._evaluate(final=True)
+            self._save_outcome()
+        finally:
+            self.checkpoints.close()
+        ctx.say(f"Stage {stage.name} is done: {_brief(self.metrics)}")
+
+    def _key(self) -> jax.Array:
+        if self.stage.key is not None:
+            return self.stage.key
+        return jax.random.fold_in(self.ctx.key, zlib.crc32(self.stage.name.encode()))
+
+    def _previous(self) -> dict[str, Outcome]:
+        names = [s.name for s in self.stages]
+        folders = {n: workdirs.stage_folder(self.ctx.workdir, names.index(n), n) for n in self.stage.needs}
+        return {n: _load_outcome(f, self.ctx.mesh, self.ctx.rules) for n, f in folders.items()}
+
+    def _prepared(self, key: jax.Array, previous: Mapping[str, Outcome]) -> Any:
+        # Always read back from disk, so that a first run and a resumed one see the same arrays.
+        folder, stage = self.folder / "consts", self.stage
+        if not folder.exists():
+            prepare_key = split_key(key)[0]
+            if stage.looped:
+                each = (previous_of(previous, k, stage.members) for k in range(stage.members))
+                consts = stack([stage.prepare(prepare_key[k], p, self.ctx.sweep) for k, p in enumerate(each)])
+            else:
+                consts = stage.prepare(prepare_key, previous, self.ctx.sweep)
+            save_plain(folder, consts, {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
+        return load_plain(folder, mesh=self.ctx.mesh, rules=self.ctx.rules)[0]
+
+    def _members(self, key: jax.Array, previous: Mapping[str, Outcome], consts: Any) -> list[_Member]:
+        ctx, stage = self.ctx, self.stage
+        if not stage.looped:
+            return [_Member(ctx, stage, key, previous, consts)]
+        return [
+            _Member(
+                ctx,
+                stage,
+                key[k],
+                previous_of(previous, k, stage.members),
+                place(member(consts, k), ctx.mesh),
+            )
+            for k in range(stage.members)
+        ]
+
+    # --- where to begin ---
+
+    def _resume_or_create(self) -> None:
+        restored = self.checkpoints.restore_newest([m.target() for m in self.members], self.ctx.say)
+        if restored is None:
+            for m in self.members:
+                m.create(self.stage)
+            self._offset = self._offset_before()
+            return
+        carries, meta = restored
+        for m, carry in zip(self.members, carries, strict=True):
+            m.carry = carry
+        self.t, self.history, self._offset = meta["t"], meta["history"], meta["log_offset"]
+        self.ctx.say(f"Stage {self.stage.name}: resuming at step {self.t}.")
+
+    def _offset_before(self) -> int:
+        if self.index == 0:
+            return 0
+        last = workdirs.stage_folder(self.ctx.workdir, self.index - 1, self.stages[self.index - 1].name)
+        return load_meta(last / "outcome")["log_offset"]
+
+    def _open_logs(self) -> None:
+        self.lines = self.events = None
+        if self.ctx.chief:
+            self.lines = JsonLines(self.ctx.workdir / "metrics.jsonl", self._offset)
+            if self.ctx.options.tensorboard:
+                self.events = Events(self.ctx.workdir / "tensorboard" / self.folder.name, self.t + 1)
+
+    # --- stepping ---
+
+    def _steps(self) -> None:
+        stage, ctx = self.stage, self.ctx
+        if not stage.num_steps:
+            return
+        source = self.members[0].source
+        images = 0 if source is None else source.batch_size * max(stage.members, 1)
+        meter = Meter(stage.name, self.t, stage.num_steps, images, show=ctx.options.progress and ctx.chief)
+        self.meter = meter
+        axis = 0 if source is None else batch_axis(source)
+        assemble = None if source is None else source.assemble
+        assert stage.step is not None
+        program = step_program(stage.step, assemble, axis, ctx.log_every, ctx.mesh, tuple(ctx.rules))
+        streams = [m.crossings(self.t, stage.num_steps) for m in self.members]
+        try:
+            while self.t < stage.num_steps:
+                self._stop_if_asked()
+                began = time.perf_counter()
+                crossed = [next(stream) for stream in streams]
+                meter.stall(time.perf_counter() - began)
+                t = np.int32(self.t)
+                reports = []
+                for m, rows in zip(self.members, crossed, strict=True):
+                    rows = rows if rows is None else cross(rows, ctx.mesh, axis)
+                    m.carry, report = program(m.carry, rows, m.consts, m.resident, m.step_key, t)
+                    reports.append(report)
+                self.t += 1
+                self._settle()
+                self._open = (self.t, reports)
+                meter.update(self.t)
+                self._boundary()
+        finally:
+            meter.close(self.t)
+
+    def _settle(self) -> None:
+        """Waits for the step before the one just dispatched, and logs it where a window ends."""
+        if self._open is None:
+            return
+        (t, reports), self._open = self._open, None
+        if t % self.ctx.log_every and t != self.stage.num_steps:
+            jax.block_until_ready(reports[-1].count)  # bounds how far the host runs ahead
+            return
+        values = self._read(reports)
+        self._check_finite(values)
+        metrics = {n: s / values.count[0] for n, s in values.sums.items()}
+        self._write(t, {"train": self._by_member(metrics)})
+
+    def _read(self, reports: list[Any]) -> Any:
+        host = jax.device_get(reports)
+        return jax.tree.map(lambda *xs: np.stack(xs), *host)
+
+    def _by_member(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {n: v if self.stage.looped else v[0] for n, v in values.items()}
+
+    def _check_finite(self, values: Any) -> None:
+        bad = values.bad_step[values.bad_step >= 0]
+        if not bad.size:
+            return
+        t = int(bad.min())
+        metrics = jsonable(self._by_member(values.bad))
+        names = [n for n, v in values.bad.items() if not np.isfinite(v[values.bad_step == t]).all()]
+        last = ([0] + self.checkpoints.steps())[-1]
+        bundle = self.ctx.workdir / "debug" / f"{self.stage.name}-step-{t}"
+        if self.ctx.chief:
+            bundle.mkdir(parents=True, exist_ok=True)
+            info = {"stage": self.stage.name, "step": t, "metrics": metrics, "last_good_step": last}
+            workdirs.write_text(bundle / "info.json", json.dumps(info, indent=2) + "\n")
+            for k, m in enumerate(self.members):
+                if m.source is not None:
+                    arrays = jax.tree.map(np.asarray, m.source.batch(t))
+                    with (bundle / f"batch-{k}.npz").open("wb") as file:
+                        np.savez(file, **arrays)
+        raise NonFiniteError(
+            f"Stage {self.stage.name!r}, step {t}: {', '.join(names)} is not finite. The last good checkpoint is "
+            f"of step {last}; batch and metrics of the step are in {bundle}. Try a lower learning rate."
+        )
+
+    def _write(self, t: int, record: Mapping[str, Any]) -> None:
+        if self.lines is not None:
+            self.lines.write({"stage": self.stage.name, "step": t, **record})
+        if self.events is not None:
+            for kind, values in record.items():
+                self.events.write(t, {f"{kind}/{n}": v for n, v in values.items()})
+            if "train" in record:
+                self.events.write(t, {f"speed/{n}": v for n, v in self.meter.rates().items()})
+
+    # --- what happens between steps ---
+
+    def _boundary(self) -> None:
+        stage, t = self.stage, self.t
+        due = [e for e in stage.evaluators.values() if e.every and t % e.every == 0]
+        if t in stage.snapshots:
+            self._settle()
+            folder = self.folder / f"snapshot-{t:08d}"
+            if not folder.exists():
+                save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
+        if t == stage.num_steps:
+            return
+        if due:
+            self._settle()
+            self._evaluate(final=False)
+        every = self.ctx.options.checkpoint_every
+        if every and t % every == 0:
+            self._save()
+
+    def _stop_if_asked(self) -> None:
+        if not self.ctx.stop.reached(self.ctx.steps_before + self.t):
+            return
+        if self.t not in self.checkpoints.steps():
+            self._save()
+        self.checkpoints.wait()
+        raise Preempted(
+            f"Stopped on request at step {self.t} of stage {self.stage.name!r}; the state is saved in "
+            f"{self.ctx.workdir}. Run the same command again to go on."
+        )
+
+    def _save(self) -> None:
+        """Saves a checkpoint, once the metrics of all steps so far are seen to be finite."""
+        self._settle()
+        self._check_finite(self._read([m.carry.report for m in self.members]))
+        meta = {
+            "t": self.t,
+            "stage": self.stage.name,
+            "history": jsonable(self.history),
+            "log_offset": self._agreed_offset(),
+        }
+        self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
+
+    def _agreed_offset(self) -> int:
+        return 0 if self.lines is None else self.lines.offset
+
+    def _publish(self) -> Any:
+        outs = []
+        for m in self.members:
+            shapes = jax.eval_shape(self.stage.publish, m.carry.state)
+            shardings = tree_shardings(shapes, self.ctx.mesh, self.ctx.rules)
+            outs.append(jax.jit(self.stage.publish, out_shardings=shardings)(m.carry.state))
+        return stack(outs) if self.stage.looped else outs[0]
+
+    def _evaluate(self, *, final: bool) -> None:
+        published = self._publish()
+        found = {}
+        for name, evaluator in self.stage.evaluators.items():
+            if final or (evaluator.every and self.t % evaluator.every == 0):
+                values = self._evaluate_one(evaluator, published)
+                found.update({f"{name}/{metric}": value for metric, value in values.items()})
+        if found:
+            self._remember(found)
+            self._write(self.t, {"evaluation": found})
+
+    def _evaluate_one(self, evaluator: Any, published: Any) -> Mapping[str, Any]:
+        rest = {"mesh": self.ctx.mesh, "residents": self.ctx.residents}
+        if not self.stage.looped:
+            return evaluate(evaluator, published, self.members[0].consts, **rest)
+        each = [evaluate(evaluator, member(published, k), m.consts, **rest) for k, m in enumerate(self.members)]
+        return {name: np.asarray([values[name] for values in each]) for name in each[0]}
+
+    def _remember(self, found: Mapping[str, Any]) -> None:
+        self.metrics.update(found)
+        for name, value in found.items():
+            old = self.history.get(name)
+            value = np.asarray(value, np.float64)
+            self.history[name] = jsonable(
+                {
+                    "last": value,
+                    "max": value if old is None else np.fmax(old["max"], value),
+                    "min": value if old is None else np.fmin(old["min"], value),
+                }
+            )
+
+    def _save_outcome(self) -> None:
+        info = {
+            "metrics": jsonable(self.metrics),
+            "history": jsonable(self.history),
+            "members": self.stage.members,
+            "log_offset": self._agreed_offset(),
+        }
+        if self.events is not None:
+            self.events.close()
+        save_plain(self.folder / "outcome", self._publish(), info, mesh=self.ctx.mesh, rules=self.ctx.rules)
+        barrier(f"outcome-{self.index}")
+
+
+def _brief(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n} {np.mean(v):.4g}" for n, v in metrics.items()) or "no metrics"

@@ -1,0 +1,204 @@
+"""Meshes, sharding rules and the one place where a step is jitted."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jkd.errors import UserError
+
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")  # a batch is split over all of these
+
+Rule = Callable[[tuple[int, ...], Mesh], P]
+Rules = Sequence[tuple[str, Rule]]
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    slices: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Makes the mesh (slice, data, fsdp, tensor) over `devices`, all axes Auto.
+
+    Args:
+      data: ways to split the batch; -1 takes what the other axes leave.
+      fsdp: ways to split the batch and the parameters (fully sharded data parallelism).
+      tensor: ways to split single layers.
+      slices: number of TPU slices that are joined by the data-center network; splits the batch too.
+      devices: by default, all devices of all processes.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"slice": slices, "data": data, "fsdp": fsdp, "tensor": tensor}
+    if data == -1:
+        sizes["data"] = max(1, len(devices) // (slices * fsdp * tensor))
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise UserError(
+            f"The mesh {asked} needs {math.prod(sizes.values())} devices, but there are {len(devices)}. "
+            "Set mesh.data=-1 to use what the other axes leave; they must divide the number of devices."
+        )
+    shape = tuple(sizes[name] for name in AXES)
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
+        return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicate(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The rule that keeps a whole copy on every device."""
+    return P()
+
+
+def fsdp(*, min_size: int = 2**14) -> Rule:
+    """The rule that splits the largest dimension that the `fsdp` axis divides; small arrays stay whole."""
+
+    def rule(shape: tuple[int, ...], mesh: Mesh) -> P:
+        ways = mesh.shape["fsdp"]
+        fitting = [size for size in shape if size % ways == 0]
+        if ways == 1 or math.prod(shape) < min_size or not fitting:
+            return P()
+        return P(*(None,) * shape.index(max(fitting)), "fsdp")
+
+    return rule
+
+
+def shard(dimension: int, axis: str = "tensor") -> Rule:
+    """The rule that splits one dimension (negative ones count from the end) over one mesh axis."""
+
+    def rule(shape: tuple[int, ...], mesh: Mesh) -> P:
+        if not -len(shape) <= dimension < len(shape) or shape[dimension] % mesh.shape[axis]:
+            raise UserError(
+                f"shard({dimension}, {axis!r}) does not fit an array of shape {shape}: the dimension must "
+                f"exist and be divisible by {mesh.shape[axis]}."
+            )
+        return P(*(None,) * (dimension % len(shape)), axis)
+
+    return rule
+
+
+DEFAULT_RULES: Rules = ((".*", fsdp()),)
+
+
+def path_name(path: Any) -> str:
+    """The name `a/b/0` of a leaf's path in a tree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """The sharding of every leaf: the first rule whose regex is found in the leaf's path decides.
+
+    Optimizer states repeat the paths of the parameters, so they follow the same rules.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for pattern, rule in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, rule(tuple(np.shape(leaf)), mesh))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh, leaf: Any, batch_axis: int = 0) -> NamedSharding:
+    """The sharding of one array of a batch: its `batch_axis` split over slice, data and fsdp."""
+    if np.ndim(leaf) <= batch_axis:
+        return NamedSharding(mesh, P())
+    return NamedSharding(mesh, P(*(None,) * batch_axis, BATCH_AXES))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError unless the mesh can split a global batch of this size evenly."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % ways:
+        raise UserError(
+            f"batch_size {batch_size} is not divisible by the {ways} devices that share a batch "
+            f"(slice x data x fsdp); use a multiple of {ways}, or a smaller mesh.data."
+        )
+
+
+def place(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """Puts host arrays (the same on every process) onto the mesh, sharded by the rules."""
+    return jax.tree.map(_place_leaf, tree, tree_shardings(tree, mesh, rules))
+
+
+def _place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def cross(rows: Any, mesh: Mesh, batch_axis: int = 0) -> Any:
+    """Hands this process's rows of a batch to a jitted step, as arrays of the global batch."""
+    if jax.process_count() == 1:
+        return rows  # jit places host arrays faster than anything we could do here
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh, x, batch_axis), x), rows)
+
+
+class jit_step:
+    """Jits `fn(state, batch, *rest) -> (state, out)` for a mesh: the state donated, everything sharded.
+
+    The state is split by `rules` and stays so; the batch is split along `batch_axis`; `rest` is used where
+    it lies (a key, constants placed by `place`); `out` comes back whole on every device.
+
+        step = jit_step(make_train_step(loss_fn, optax.sgd(0.1)), make_mesh())
+        state, metrics = step(state, batch, key)
+    """
+
+    def __init__(
+        self,
+        fn: Callable,
+        mesh: Mesh,
+        *,
+        rules: Rules = DEFAULT_RULES,
+        batch_axis: int = 0,
+        donate: bool = True,
+    ):
+        self._fn, self._mesh, self._rules = fn, mesh, rules
+        self._batch_axis, self._donate = batch_axis, donate
+        self._jitted: dict[Any, Any] = {}
+
+    def _jit(self, state: Any, batch: Any, rest: tuple) -> Any:
+        leaves, treedef = jax.tree.flatten((state, batch))
+        cached = (treedef, tuple(np.shape(x) for x in leaves), len(rest))
+        if cached not in self._jitted:
+            for leaf in jax.tree.leaves(batch):
+                if np.ndim(leaf) > self._batch_axis:
+                    check_batch_size(np.shape(leaf)[self._batch_axis], self._mesh)
+            states = tree_shardings(state, self._mesh, self._rules)
+            batches = jax.tree.map(lambda x: batch_sharding(self._mesh, x, self._batch_axis), batch)
+            self._jitted[cached] = jax.jit(
+                self._fn,
+                in_shardings=(states, batches) + (None,) * len(rest),
+                out_shardings=(states, NamedSharding(self._mesh, P())),
+                donate_argnums=(0,) if self._donate else (),
+            )
+        return self._jitted[cached]
+
+    def __call__(self, state: Any, batch: Any, *rest: Any) -> tuple[Any, Any]:
+        """One step on global arrays."""
+        return self._jit(state, batch, rest)(state, batch, *rest)
+
+    def lower(self, state: Any, batch: Any, *rest: Any) -> Any:
+        """Lowers without running; arguments may be `jax.ShapeDtypeStruct`s."""
+        return self._jit(state, batch, rest).lower(state, batch, *rest)

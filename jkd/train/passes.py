@@ -1,0 +1,145 @@
+"""Passes over a whole source: sweeps that prepare a stage, and evaluations."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jkd.errors import UserError
+from jkd.train.mesh import (
+    DEFAULT_RULES,
+    Rules,
+    batch_sharding,
+    check_batch_size,
+    cross,
+    place,
+    replicate,
+)
+from jkd.train.stage import Evaluator
+
+
+class Residents:
+    """The device copies of sources' resident arrays: each set is placed once, however many sources share it."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._placed: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, source: Any) -> Any:
+        """The resident arrays of `source`, on the device."""
+        arrays = source.resident
+        if not jax.tree.leaves(arrays):
+            return arrays
+        if id(arrays) not in self._placed:
+            self._placed[id(arrays)] = (arrays, place(arrays, self._mesh, ((".*", replicate),)))
+        return self._placed[id(arrays)][1]
+
+
+def batch_axis(source: Any) -> int:
+    """Where the examples of a source's batches are: 1 behind the members of an ensemble, else 0."""
+    return getattr(source, "batch_axis", 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _rows_program(fn: Callable, assemble: Callable, mesh: Mesh, axis: int) -> Any:
+    def program(args: Any, crossed: Any, resident: Any, key: Any, t: Any) -> Any:
+        batch = assemble(resident, _constrain(crossed, mesh, axis))
+        return fn(args, batch, None if key is None else jax.random.fold_in(key, t))
+
+    return jax.jit(program, out_shardings=NamedSharding(mesh, P()))
+
+
+def _constrain(crossed: Any, mesh: Mesh, axis: int) -> Any:
+    # Batches come in as host arrays; this is where they are split over the devices.
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh, x, axis)), crossed)
+
+
+def sweep(
+    fn: Callable,
+    args: Any,
+    source: Any,
+    key: jax.Array | None = None,
+    *,
+    mesh: Mesh,
+    residents: Residents,
+    rules: Rules = DEFAULT_RULES,
+) -> Any:
+    """Runs `fn(args, batch, key) -> rows` over one pass of a source: all rows, as numpy arrays.
+
+    A shuffled source is visited as in training and its last partial batch dropped; a source in order gives its
+    rows in that order, all of them. With a key, batch t gets `fold_in(key, t)`; without, None.
+    """
+    check_batch_size(source.batch_size, mesh)
+    program = _rows_program(fn, source.assemble, mesh, batch_axis(source))
+    args, key = place(args, mesh, rules), None if key is None else place(key, mesh, ((".*", replicate),))
+    full, rest = divmod(source.num_examples, source.batch_size)
+    count = source.num_batches if source.seed is None else full
+    if count == 0:
+        raise UserError(
+            f"A sweep over {source.num_examples} examples in batches of {source.batch_size} has no full batch; "
+            "use a smaller batch_size."
+        )
+    rows = []
+    for t, crossed in enumerate(source.iterate(0, count, jax.process_index(), jax.process_count())):
+        out = program(args, cross(crossed, mesh, batch_axis(source)), residents(source), key, np.int32(t))
+        rows.append(jax.device_get(out))
+    if source.seed is None and rest:
+        rows[-1] = jax.tree.map(lambda x: x[:rest], rows[-1])
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _collect_program(collect: Callable, assemble: Callable, kind: str, size: int, mesh: Mesh, axis: int) -> Any:
+    def one(published: Any, crossed: Any, consts: Any, resident: Any, start: Any, total: Any) -> Any:
+        batch = assemble(resident, _constrain(crossed, mesh, axis))
+        mask = jnp.arange(size) < total - start
+        return collect(published, consts, batch, mask)
+
+    def add(sums: Any, *rest: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, one(*rest))
+
+    whole = NamedSharding(mesh, P())
+    if kind == "gather":
+        return jax.jit(one, out_shardings=whole)
+    return jax.jit(one, out_shardings=whole), jax.jit(add, out_shardings=whole, donate_argnums=0)
+
+
+def evaluate(
+    evaluator: Evaluator,
+    published: Any,
+    consts: Any,
+    *,
+    mesh: Mesh,
+    residents: Residents,
+    check: Callable[[], None] = lambda: None,
+) -> Mapping[str, Any]:
+    """Runs one evaluator over its whole source and returns the metrics that its `finish` computes.
+
+    The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
+    compiles once. `check` is called between batches.
+    """
+    source = evaluator.source(consts) if callable(evaluator.source) else evaluator.source
+    source = source.in_order()
+    check_batch_size(source.batch_size, mesh)
+    axis, size = batch_axis(source), source.batch_size
+    program = _collect_program(evaluator.collect, source.assemble, evaluator.kind, size, mesh, axis)
+    total, rows, sums = np.int32(source.num_examples), [], None
+    crossing = source.iterate(0, source.num_batches, jax.process_index(), jax.process_count())
+    for t, crossed in enumerate(crossing):
+        args = (published, cross(crossed, mesh, axis), consts, residents(source), np.int32(t * size), total)
+        if evaluator.kind == "gather":
+            out = jax.device_get(program(*args))
+            left = source.num_examples - t * size
+            rows.append(jax.tree.map(lambda x, left=left: np.take(x, range(min(size, left)), axis=axis), out))
+        else:
+            sums = program[0](*args) if sums is None else program[1](sums, *args)
+            jax.block_until_ready(sums)
+        check()
+    if evaluator.kind == "gather":
+        return evaluator.finish(jax.tree.map(lambda *xs: np.concatenate(xs, axis=axis), *rows))
+    return evaluator.finish(jax.device_get(sums))

@@ -1,0 +1,161 @@
+"""The compiled step of a stage: batch assembly, the method's step, and the account of its metrics."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jkd.errors import UserError
+from jkd.train.mesh import Rules, jit_step, tree_shardings
+from jkd.train.passes import batch_axis
+from jkd.train.stage import Stage
+
+
+class Report(NamedTuple):
+    """The metrics of the current log window, and the first step whose metrics were not finite.
+
+    Attributes:
+      sums: the sum of every metric since the last log step.
+      count: the number of steps in these sums.
+      bad_step: the first step t with a non-finite metric, -1 while there is none.
+      bad: the metrics of that step.
+    """
+
+    sums: Any
+    count: Any
+    bad_step: Any
+    bad: Any
+
+
+class Carry(NamedTuple):
+    """What a stage carries from step to step: the method's state and the loop's report."""
+
+    state: Any
+    report: Report
+
+
+def split_key(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys for prepare, init and steps; of an ensemble's keys, every member's."""
+    if key.ndim:
+        keys = jax.vmap(lambda k: jax.random.split(k, 3))(key)
+        return keys[:, 0], keys[:, 1], keys[:, 2]
+    prepare, init, step = jax.random.split(key, 3)
+    return prepare, init, step
+
+
+def _fold(key: jax.Array, t: Any) -> jax.Array:
+    if key.ndim:
+        return jax.vmap(lambda k: jax.random.fold_in(k, t))(key)
+    return jax.random.fold_in(key, t)
+
+
+def _account(report: Report, metrics: Any, t: Any, log_every: int) -> Report:
+    fresh = t % log_every == 0
+    finite = jnp.all(jnp.stack([jnp.isfinite(m).all() for m in jax.tree.leaves(metrics)] or [True]))
+    newly = (report.bad_step < 0) & ~finite
+    return Report(
+        jax.tree.map(lambda s, m: jnp.where(fresh, 0, s) + m.astype(s.dtype), report.sums, metrics),
+        jnp.where(fresh, 0, report.count) + 1,
+        jnp.where(newly, t, report.bad_step),
+        jax.tree.map(lambda b, m: jnp.where(newly, m.astype(b.dtype), b), report.bad, metrics),
+    )
+
+
+def make_carry(state: Any, metrics: Any) -> Carry:
+    """The carry at step 0 for metrics of the given shapes."""
+    zeros = {n: jnp.zeros(m.shape, jnp.promote_types(m.dtype, jnp.float32)) for n, m in metrics.items()}
+    return Carry(state, Report(zeros, jnp.int32(0), jnp.int32(-1), dict(zeros)))
+
+
+@functools.lru_cache(maxsize=256)
+def step_program(
+    step: Callable, assemble: Callable | None, axis: int, log_every: int, mesh: Mesh, rules: Rules
+) -> jit_step:
+    """The jitted `(carry, crossed, consts, resident, key, t) -> (carry, report)`.
+
+    Stages that share a step function and a kind of source share it, and its compiled form where shapes agree.
+    """
+
+    def program(carry: Carry, crossed: Any, consts: Any, resident: Any, key: Any, t: Any):
+        batch = None if assemble is None else assemble(resident, crossed)
+        state, metrics = step(_fold(key, t), carry.state, consts, batch, t)
+        report = _account(carry.report, metrics, t, log_every)
+        return Carry(state, report), report
+
+    return jit_step(program, mesh, rules=rules, batch_axis=axis)
+
+
+def abstract(tree: Any) -> Any:
+    """The shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
+
+
+def crossed_shapes(source: Any, processes: int) -> Any:
+    """The shapes of what crosses to the device for one GLOBAL batch."""
+    axis = batch_axis(source)
+
+    def whole(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = list(x.shape)
+        if len(shape) > axis:
+            shape[axis] *= processes
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    return jax.tree.map(whole, source.local(0, jax.process_index(), processes))
+
+
+def check_metrics(stage: Stage, metrics: Any, source: Any) -> None:
+    """Raises UserError unless a step's metrics are a dict of scalars (one a member in an ensemble)."""
+    shape = (stage.members,) if stage.members and not stage.looped else ()
+    if not isinstance(metrics, dict):
+        raise UserError(f"Stage {stage.name!r}: step must return a dict of metrics, got {type(metrics).__name__}.")
+    for name, value in metrics.items():
+        if getattr(value, "shape", None) != shape:
+            raise UserError(
+                f"Stage {stage.name!r}: metric {name!r} must be a scalar, got shape "
+                f"{getattr(value, 'shape', type(value).__name__)}; reduce it in the step."
+            )
+
+
+def check_state(stage: Stage, before: Any, after: Any) -> None:
+    """Raises UserError unless a step returns a state of the same structure, shapes and dtypes."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise UserError(f"Stage {stage.name!r}: step returns a state of another structure than init.")
+    for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise UserError(
+                f"Stage {stage.name!r}: step changes the state's {jax.tree_util.keystr(path)} from "
+                f"{old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}."
+            )
+
+
+class Plan(NamedTuple):
+    """Abstract values of one stage (of one member of a looped ensemble): what its program is compiled for."""
+
+    carry: Any
+    crossed: Any
+    consts: Any
+    resident: Any
+    shardings: Any
+
+
+def plan_stage(
+    stage: Stage, source: Any, key: Any, previous: Any, consts: Any, mesh: Mesh, rules: Rules, processes: int
+) -> Plan:
+    """Traces `init` and `step` abstractly, checks what they return, and lays out the state on the mesh."""
+    state = jax.eval_shape(stage.init, key, previous, consts)
+    crossed = resident = batch = None
+    if source is not None:
+        crossed, resident = crossed_shapes(source, processes), abstract(source.resident)
+        batch = jax.eval_shape(source.assemble, resident, crossed)
+    metrics: Any = {}
+    if stage.num_steps and stage.step is not None:
+        t = jax.ShapeDtypeStruct((), jnp.int32)
+        after, metrics = jax.eval_shape(stage.step, key, state, consts, batch, t)
+        check_metrics(stage, metrics, source)
+        check_state(stage, state, after)
+    carry = jax.eval_shape(make_carry, state, metrics)
+    return Plan(carry, crossed, consts, resident, tree_shardings(carry, mesh, rules))

@@ -1,0 +1,84 @@
+"""The folder of a run: whose it is, and what is in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from jkd.errors import UserError
+from jkd.train.checkpoint import barrier
+
+# These fields say how a run is executed, not what it computes: they may change between restarts.
+EXECUTION_FIELDS = ("mesh", "loop")
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that decides what a run computes."""
+    return {name: value for name, value in config.items() if name not in EXECUTION_FIELDS}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """A short hash of a config's identity."""
+    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat = {}
+    for name, value in config.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat.update(inner)
+    return flat
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file atomically: a reader sees the old text or the new one."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+    """Makes `workdir` this config's, or checks that it is already; nothing is written otherwise.
+
+    Raises:
+      UserError: if the folder cannot be written, holds other files, or belongs to another config.
+    """
+    known = workdir / "config.json"
+    if known.exists():
+        _check_same(workdir, json.loads(known.read_text()), json.loads(json.dumps(config, default=str)))
+    elif workdir.exists() and not workdir.is_dir():
+        raise UserError(f"The workdir {workdir} is a file; give a folder.")
+    elif workdir.exists() and any(p for p in workdir.iterdir() if not p.name.startswith(".")):
+        raise UserError(
+            f"The workdir {workdir} is not empty and holds no config.json of a run; give a new or empty folder."
+        )
+    barrier("claim-checked")
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_text(known, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
+    barrier("claimed")
+
+
+def _check_same(workdir: epath.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    old, new = flatten(identity(there)), flatten(identity(here))
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if changed:
+        shown = ", ".join(f"{n} was {old.get(n, 'absent')} and is {new.get(n, 'absent')}" for n in changed[:3])
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        raise UserError(
+            f"The workdir {workdir} belongs to another config: {shown}{more}. "
+            "Give the config it was made with to resume it, or a new workdir."
+        )
+
+
+def stage_folder(workdir: epath.Path, index: int, name: str) -> epath.Path:
+    """Where a stage's outcome is kept."""
+    return workdir / "stages" / f"{index:02d}-{name}"

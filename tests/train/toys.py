@@ -1,0 +1,110 @@
+"""Small stages that the tests of the loop share, and a command that runs them (for kill tests)."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jkd import data, train
+
+
+def digits(count: int = 256, classes: int = 4) -> data.Dataset:
+    """Blobs: class k has a bright quarter k; noise elsewhere."""
+    random = np.random.RandomState(0)
+    labels = (np.arange(count) % classes).astype(np.int32)
+    images = random.randint(0, 120, (count, 4, 4, 1))
+    images[np.arange(count), labels, :, 0] += 100
+    return data.from_arrays(images.astype(np.uint8), labels, num_classes=classes, name="blobs")
+
+
+DIGITS = digits()
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def init_params(key: jax.Array, width: int = 32) -> dict:
+    first, second = jax.random.split(key)
+    return {
+        "hidden": {"kernel": jax.random.normal(first, (16, width)) / 4, "bias": jnp.zeros(width)},
+        "head": {"kernel": jax.random.normal(second, (width, 4)) / 6, "bias": jnp.zeros(4)},
+    }
+
+
+def logits(params: dict, images: jax.Array) -> jax.Array:
+    x = images.reshape(images.shape[0], -1) / 255.0
+    x = jax.nn.relu(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+def init(key, previous, consts):
+    return train.create_state({"params": init_params(key)}, OPTIMIZER)
+
+
+def step(key, state, consts, batch, t):
+    def loss_fn(params, batch, key):
+        noise = 5.0 * jax.random.normal(key, batch["image"].shape)
+        out = logits(params, batch["image"] + noise)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(out, batch["label"]).mean()
+
+    return train.make_train_step(loss_fn, OPTIMIZER)(state, batch, key)
+
+
+def student_step(key, state, consts, batch, t):
+    def loss_fn(params, batch, key):
+        target = jax.nn.softmax(logits(consts["teacher"]["params"], batch["image"]))
+        return optax.losses.softmax_cross_entropy(logits(params, batch["image"]), target).mean()
+
+    return train.make_train_step(loss_fn, OPTIMIZER)(state, batch, key)
+
+
+def collect_correct(published, consts, batch, mask):
+    correct = (logits(published["params"], batch["image"]).argmax(-1) == batch["label"]) & mask
+    return {"correct": correct.sum(), "total": mask.sum()}
+
+
+def finish_correct(sums):
+    return {"accuracy": float(sums["correct"] / sums["total"])}
+
+
+def variables(state):
+    return state.variables
+
+
+def accuracy(every: int = 0, batch_size: int = 48) -> train.Evaluator:
+    source = data.MemorySource(DIGITS, batch_size)
+    return train.Evaluator(source, collect_correct, finish_correct, every=every)
+
+
+def classifier(name: str = "teacher", num_steps: int = 40, **changes) -> train.Stage:
+    fields = {
+        "data": lambda consts: data.MemorySource(DIGITS, 16, seed=3),
+        "init": init,
+        "step": step,
+        "publish": variables,
+        "evaluators": {"train": accuracy(every=16)},
+    }
+    return train.Stage(name, num_steps, **(fields | changes))
+
+
+def take_teacher(key, previous, sweep):
+    return {"teacher": previous["teacher"].published}
+
+
+def student(name: str, num_steps: int = 30, **changes) -> train.Stage:
+    return classifier(name, num_steps, step=student_step, needs=("teacher",), prepare=take_teacher, **changes)
+
+
+def two_stages() -> list[train.Stage]:
+    return [classifier(snapshots=(8,)), student("student")]
+
+
+def final(workdir: str, name: str) -> dict[str, np.ndarray]:
+    """All arrays of a stage's outcome by path."""
+    outcome = train.load_outcome(workdir, name)
+    leaves = jax.tree.leaves_with_path((outcome.published, outcome.snapshots, outcome.consts))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
