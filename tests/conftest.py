@@ -17,11 +17,13 @@ import jaxtyping
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
+# More devices than cores: steps in flight at once could starve a collective of threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Every annotated shape and dtype of the library is checked while tests run.
-jaxtyping.install_import_hook("jkd", "beartype.beartype").install()
+jaxtyping.install_import_hook("jkd", "beartype.beartype")
 
 settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("jkd")

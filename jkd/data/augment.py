@@ -17,6 +17,7 @@ from jkd.errors import UserError, unknown
 
 Images = Num[Array, "batch height width channel"]
 Size = tuple[int, ...]  # (height, width)
+Number = float | int
 Augmentation = Callable[[PRNGKeyArray, Array], Array]
 PADDING_MODES = {"zero": "constant", "reflect": "reflect"}
 
@@ -49,8 +50,8 @@ def compose(*augmentations: Augmentation) -> Augmentation:
 
 def normalize(
     images: UInt8[Array, "*batch height width channel"],
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
+    mean: Number | Sequence[Number],
+    std: Number | Sequence[Number],
 ) -> Float[Array, "*batch height width channel"]:
     """Returns (images / 255 - mean) / std in float32; `mean` and `std` in [0, 1] units, one or a channel."""
     dims = (1,) * (images.ndim - 1) + (-1,)
@@ -86,13 +87,13 @@ def shift(key: PRNGKeyArray, images: Images, max_shift: int) -> Images:
     return _crop(images, offsets, max_shift, "constant")
 
 
-def flip(key: PRNGKeyArray, images: Images, probability: float = 0.5) -> Images:
+def flip(key: PRNGKeyArray, images: Images, probability: Number = 0.5) -> Images:
     """Mirrors each image left to right with `probability`."""
     chosen = jax.random.bernoulli(key, probability, (len(images),))
     return jnp.where(_per_image(chosen), images[:, :, ::-1], images)
 
 
-def rotation_bank(images: np.ndarray, degrees: Sequence[float]) -> np.ndarray:
+def rotation_bank(images: np.ndarray, degrees: Sequence[Number]) -> np.ndarray:
     """Precomputes on the host the copies of uint8[N, H, W, C] rotated by `degrees`: uint8[A, N, H, W, C].
 
     Counter-clockwise about the image center, bilinear, zeros outside. Rotation inside a training step is slow
@@ -136,7 +137,7 @@ def cutout(key: PRNGKeyArray, images: Images, size: int, *, per_example: bool = 
 def mixup(
     images: Float[Array, "batch height width channel"],
     permutation: Int[Array, " batch"],
-    lam: float | Float[Array, "..."],
+    lam: Number | Float[Array, "..."],
 ) -> Float[Array, "batch height width channel"]:
     """Returns lam x_i + (1 - lam) x_{permutation(i)} with `lam` in [0, 1], a scalar or [batch].
 
@@ -155,7 +156,7 @@ def mixup(
 def cutmix(
     images: Images,
     permutation: Int[Array, " batch"],
-    lam: float | Float[Array, "..."],
+    lam: Number | Float[Array, "..."],
     center: Int[Array, "... 2"] | Sequence[int],
 ) -> Images:
     """Pastes a box of x_{permutation(i)} into each x_i; pixels are moved, so any dtype will do.
@@ -173,7 +174,7 @@ def cutmix(
 
 
 def cutmix_share(
-    size: Size, lam: float | Float[Array, "..."], center: Int[Array, "... 2"] | Sequence[int]
+    size: Size, lam: Number | Float[Array, "..."], center: Int[Array, "... 2"] | Sequence[int]
 ) -> Float[Array, " boxes"]:
     """The share of a (height, width) image that `cutmix` replaces, after clipping.
 
@@ -183,9 +184,7 @@ def cutmix_share(
     return _cutmix_box(size, lam, center).mean(axis=(1, 2, 3), dtype=jnp.float32)
 
 
-def draw_mixup(
-    key: PRNGKeyArray, batch_size: int, alpha: float = 0.2, *, per_example: bool = False
-) -> MixupDraw:
+def draw_mixup(key: PRNGKeyArray, batch_size: int, alpha: Number = 0.2, *, per_example: bool = False) -> MixupDraw:
     """Draws a permutation and lam ~ Beta(alpha, alpha), one for the batch or one an example.
 
     Raises:
@@ -202,7 +201,7 @@ def draw_cutmix(
     key: PRNGKeyArray,
     batch_size: int,
     size: Size,
-    alpha: float = 1.0,
+    alpha: Number = 1.0,
     *,
     per_example: bool = False,
 ) -> CutmixDraw:
@@ -242,9 +241,7 @@ def _draw_center(key: Array, count: int, size: Size) -> Array:
 
 
 def _cutmix_box(size: Size, lam: Array | float, center: Array | Sequence[int]) -> Array:
-    side = jnp.sqrt(1 - jnp.atleast_1d(jnp.asarray(lam, jnp.float32)))[:, None] * jnp.array(
-        [[size[1], size[0]]]
-    )
+    side = jnp.sqrt(1 - jnp.atleast_1d(jnp.asarray(lam, jnp.float32)))[:, None] * jnp.array([[size[1], size[0]]])
     # The small term keeps 10 * sqrt(.64) from becoming 7 in float32.
     sides = jnp.floor(side + 1e-4).astype(jnp.int32)
     return _box(size, jnp.atleast_2d(jnp.asarray(center, jnp.int32)), sides)

@@ -38,9 +38,7 @@ class _Bundled(tfds.core.GeneratorBasedBuilder):
                 "label": tfds.features.ClassLabel(num_classes=10),
             }
         )
-        return tfds.core.DatasetInfo(
-            builder=self, description=self.ABOUT, features=features, disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, description=self.ABOUT, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # nothing to download

@@ -47,9 +47,7 @@ class Dataset:
         """Bytes that the images of all of `rows` fill in memory."""
         return len(self.rows) * int(np.prod(self.shape))
 
-    def read(
-        self, indices: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None
-    ) -> Batch:
+    def read(self, indices: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
         """Reads examples by number as {"image": uint8[n, H, W, C], "label": int32[n]}.
 
         Images that vary in size on disk get the central crop, or, with a `seed` and the examples' `positions`
@@ -79,7 +77,7 @@ class Dataset:
         """
         return self._draw([count] * self.num_classes, "per class", seed)
 
-    def long_tail(self, imbalance_factor: float, seed: int = 0) -> "Dataset":
+    def long_tail(self, imbalance_factor: float | int, seed: int = 0) -> "Dataset":
         """Returns a long-tailed subset: class k keeps n_max * factor^(-k / (K - 1)) random examples.
 
         n_max is the largest class; counts are rounded down (as in CIFAR-10-LT and -100-LT), at least 1 and at
@@ -99,9 +97,7 @@ class Dataset:
         want = np.floor(have.max() * float(imbalance_factor) ** exponent + 1e-9).astype(int)
         return self._draw(np.minimum(np.maximum(want, 1), have), "long tail", seed)
 
-    def split(
-        self, first: float | int, seed: int = 0, stratified: bool = True
-    ) -> tuple["Dataset", "Dataset"]:
+    def split(self, first: float | int, seed: int = 0, stratified: bool = True) -> tuple["Dataset", "Dataset"]:
         """Cuts the set in two at random: the examples of the first part and all others, in data set order.
 
         Args:

@@ -14,7 +14,8 @@ ASPECT = (3 / 4, 4 / 3)  # width : height of a random crop
 ATTEMPTS = 10
 CENTRAL = 224 / 256  # the central crop is 224 of a shorter side of 256
 
-Box = tuple[float, float, float, float]
+Number = float | int
+Box = tuple[Number, Number, Number, Number]
 
 
 def decode(data: bytes, channels: int) -> Image.Image:

@@ -16,17 +16,15 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jkd.data import images
-from jkd.data.rows import ArrayRows, Batch
+from jkd.data.rows import ArrayRows, Batch, Rows
 from jkd.errors import UserError, nearest, unknown
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 CHUNK = 1024
 
 
-class RecordRows:
+class RecordRows(Rows):
     """Rows in array_record files: images of one shape, or of variable size and cropped to `image_size`."""
-
-    arrays = None
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, image_size: int | None = None):
         """Opens `split` (TFDS slices such as train[:90%] included) of a prepared `builder`."""
@@ -51,9 +49,7 @@ class RecordRows:
         """The class of every row: read through once, then kept in the cache folder."""
         if self._labels_path.exists():
             return np.load(self._labels_path)
-        labels = np.concatenate(
-            [np.array([record["label"] for record in chunk], np.int32) for chunk in self._chunks()]
-        )
+        labels = np.concatenate([np.array([record["label"] for record in chunk], np.int32) for chunk in self._chunks()])
         write_atomically(self._labels_path, labels)
         return labels
 
@@ -125,9 +121,7 @@ def slices(split: str, sizes: dict[str, int]) -> list[tuple[str, slice]]:
     Raises:
       UserError: if the split is unknown or malformed.
     """
-    infos = {
-        name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0) for name, n in sizes.items()
-    }
+    infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0) for name, n in sizes.items()}
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError) as error:
@@ -140,9 +134,7 @@ def split_error(split: str, known: Any, error: Exception) -> UserError:
     for name in re.split(r"\[[^\]]*\]?|\+", split):
         if name and name not in known:
             return unknown("split", name, known)
-    return UserError(
-        f"Cannot read split {split!r}: {str(error).splitlines()[0]} Slices look like train[:90%]."
-    )
+    return UserError(f"Cannot read split {split!r}: {str(error).splitlines()[0]} Slices look like train[:90%].")
 
 
 def cache_dir() -> pathlib.Path:
@@ -196,9 +188,7 @@ def _image_and_label(info: tfds.core.DatasetInfo) -> tuple[Any, Any]:
     return image, label
 
 
-def _shape(
-    name: str, stored: tuple[int | None, ...], image_size: int | None
-) -> tuple[tuple[int, int, int], bool]:
+def _shape(name: str, stored: tuple[int | None, ...], image_size: int | None) -> tuple[tuple[int, int, int], bool]:
     """The shape that images are read with, and whether they are cropped to it."""
     height, width, channels = stored
     if height is not None and width is not None:
@@ -214,9 +204,7 @@ def _labels_path(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
     """Where the labels of `split` are cached: a re-prepared set gets another place."""
     sizes = {name: (info.shard_lengths, info.num_bytes) for name, info in builder.info.splits.items()}
     text = json.dumps([os.fspath(builder.data_path), split, sizes])
-    return (
-        cache_dir() / "labels" / f"{builder.info.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
-    )
+    return cache_dir() / "labels" / f"{builder.info.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
 
 
 def _names(formats: Any) -> str:

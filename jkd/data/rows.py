@@ -1,8 +1,9 @@
 """Where a data set's rows come from: whole arrays in memory, records on disk, or several of them joined."""
 
+import abc
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,24 @@ from jkd.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-class Rows(Protocol):
-    """Labelled images that are read by row number."""
+class Rows(abc.ABC):
+    """Labelled images that are read by row number.
+
+    Attributes:
+      arrays: all rows as whole arrays, or None where they stay on disk.
+    """
+
+    arrays: Batch | None = None
 
     @property
-    def arrays(self) -> Batch | None:
-        """All rows as arrays, or None where they stay on disk."""
-
-    @property
+    @abc.abstractmethod
     def labels(self) -> np.ndarray:
         """The class of every row, int32[rows]."""
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
         """Reads `rows` as {"image": uint8[n, H, W, C], "label": int32[n]}.
 
@@ -34,11 +40,13 @@ class Rows(Protocol):
         """
 
 
-class ArrayRows:
+class ArrayRows(Rows):
     """Rows held as whole arrays."""
 
+    arrays: Batch
+
     def __init__(self, image: np.ndarray, label: np.ndarray):
-        self.arrays: Batch = {"image": image, "label": label}
+        self.arrays = {"image": image, "label": label}
 
     def __len__(self) -> int:
         return len(self.arrays["label"])
@@ -59,10 +67,8 @@ class ArrayRows:
         return {name: array[rows] for name, array in self.arrays.items()}
 
 
-class JoinedRows:
+class JoinedRows(Rows):
     """Rows of several sets one after the other, at least one of them on disk; classes are offset."""
-
-    arrays = None
 
     def __init__(self, parts: Sequence[tuple[Any, int]]):
         """Joins (data set, class offset) pairs."""
@@ -95,12 +101,8 @@ class JoinedRows:
 def check_arrays(name: str, image: np.ndarray, label: np.ndarray, num_classes: int) -> None:
     """Raises UserError unless `image` is uint8[N, H, W, C] and `label` holds N classes."""
     if image.ndim != 4 or image.dtype != np.uint8:
-        raise UserError(
-            f"Images of {name!r} must be uint8[N, H, W, C], got {image.dtype}{list(image.shape)}."
-        )
+        raise UserError(f"Images of {name!r} must be uint8[N, H, W, C], got {image.dtype}{list(image.shape)}.")
     if label.shape != image.shape[:1]:
         raise UserError(f"{name!r} has {len(image)} images but labels of shape {list(label.shape)}.")
     if label.size and not (label.min() >= 0 and label.max() < num_classes):
-        raise UserError(
-            f"Labels of {name!r} must be in [0, {num_classes}), got {label.min()} to {label.max()}."
-        )
+        raise UserError(f"Labels of {name!r} must be in [0, {num_classes}), got {label.min()} to {label.max()}.")

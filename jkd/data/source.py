@@ -157,9 +157,7 @@ class MemorySource(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.dataset.rows, ArrayRows):
-            raise UserError(
-                f"Data set {self.dataset.name!r} is on disk: load it with in_memory=True, or stream it."
-            )
+            raise UserError(f"Data set {self.dataset.name!r} is on disk: load it with in_memory=True, or stream it.")
 
     @property
     def resident(self) -> Tree:
@@ -190,9 +188,7 @@ class StreamSource(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers < 1 or self.prefetch < 1:
-            raise UserError(
-                f"workers and prefetch must be at least 1, got {self.workers} and {self.prefetch}."
-            )
+            raise UserError(f"workers and prefetch must be at least 1, got {self.workers} and {self.prefetch}.")
 
     def local(self, t: int, process: int = 0, processes: int = 1) -> Tree:
         """Reads this process's rows: {"image", "label", "index"}."""

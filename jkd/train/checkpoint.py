@@ -1,8 +1,6 @@
 """Checkpoints that are atomic, verified leaf by leaf, and restored onto any mesh."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jkd.errors import UserError
-from jkd.train.mesh import path_name, place
+from jkd.train.mesh import path_name, place, tree_shardings
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -110,11 +108,13 @@ def _decode(code: Any, leaves: list[Any]) -> Any:
 
 
 def save_plain(directory: epath.Path, tree: Any, meta: dict[str, Any], *, mesh: Any, rules: Any) -> None:
-    """Writes a plain tree and JSON-able `meta` as one atomic directory, which must not exist yet.
+    """Writes a plain tree and JSON-able `meta` as one atomic directory; what an earlier try left is removed.
 
     Raises:
       UserError: if the tree holds anything but dicts with string keys, lists, tuples and arrays.
     """
+    if is_stored(directory):
+        raise UserError(f"{directory} exists already; a stored result is never overwritten.")
     leaves: list[Any] = []
     structure = _encode(tree, leaves, directory.name)
     arrays = {f"{i}": leaf for i, leaf in enumerate(place(_raw(leaves), mesh, rules))}
@@ -127,8 +127,23 @@ def save_plain(directory: epath.Path, tree: Any, meta: dict[str, Any], *, mesh: 
     items: dict[str, Any] = {"meta": ocp.args.JsonSave(info)}
     if arrays:
         items["arrays"] = ocp.args.StandardSave(arrays)
+    _remove_unfinished(directory)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.Composite(**items))
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+    barrier(f"before-{directory.name}")
+    if jax.process_index() == 0 and directory.parent.exists():
+        for path in directory.parent.glob(f"{directory.name}*"):
+            if not is_stored(path):
+                path.rmtree()
+    barrier(f"cleared-{directory.name}")
+
+
+def is_stored(directory: epath.Path) -> bool:
+    """Whether `save_plain` has finished writing this directory."""
+    return directory.exists() and ocp.utils.is_checkpoint_finalized(directory)
 
 
 def load_meta(directory: epath.Path) -> dict[str, Any]:
@@ -160,8 +175,6 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
 
 
 def _restore(directory: epath.Path, shapes: Any, mesh: Any, rules: Any) -> Any:
-    from jkd.train.mesh import tree_shardings
-
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
@@ -293,11 +306,8 @@ class Checkpoints:
 
 def remove_folder(directory: epath.Path) -> None:
     """Deletes a folder and all in it; a folder that is already gone is fine."""
-    if not os.path.isdir(os.fspath(directory)):
-        if directory.exists():
-            directory.rmtree()
-        return
-    shutil.rmtree(os.fspath(directory))
+    if directory.exists():
+        directory.rmtree()
 
 
 def _raw_target(leaf: Any) -> Any:

@@ -77,7 +77,7 @@ class Meter:
     def __init__(self, name: str, start: int, stop: int, images_per_step: int, *, show: bool):
         self._name, self._stop, self._images = name, stop, images_per_step
         self._began = self._last = time.perf_counter()
-        self._start = self._step = start
+        self._start = self._step = self._first = start
         self._stalled = 0.0
         self._bar, self._task = None, None
         if show and sys.stderr.isatty():
@@ -105,6 +105,8 @@ class Meter:
         """Moves the bar, at most five times a second; without a terminal, a line every ten seconds."""
         self._step = step
         now = time.perf_counter()
+        if self._start == self._first:  # rates leave out the first step, which compiles
+            self._start, self._began, self._stalled = step, now, 0.0
         if not self._show or now - self._last < (0.2 if self._bar else 10.0):
             return
         self._last = now

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from jkd.errors import UserError
 from jkd.train import workdir as workdirs
-from jkd.train.checkpoint import Checkpoints, barrier, load_meta, load_plain, remove_folder, save_plain
+from jkd.train.checkpoint import Checkpoints, barrier, is_stored, load_meta, load_plain, remove_folder, save_plain
 from jkd.train.ensemble import member, previous_of, stack
 from jkd.train.log import Events, JsonLines, Meter, console, jsonable
 from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, cross, make_mesh, place, tree_shardings
@@ -73,7 +74,7 @@ class _Context:
 def run(
     stages: Sequence[Stage],
     *,
-    workdir: str,
+    workdir: str | os.PathLike,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
@@ -118,11 +119,11 @@ def run(
     return results
 
 
-def load_outcome(workdir: str, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> Outcome:
+def load_outcome(workdir: str | os.PathLike, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> Outcome:
     """Loads a finished stage's outcome by name, onto any mesh, without the code that made it."""
     mesh = make_mesh() if mesh is None else mesh
     found = sorted((epath.Path(workdir) / "stages").glob(f"[0-9][0-9]-{name}"))
-    if not found or not (found[0] / "outcome").exists():
+    if not found or not is_stored(found[0] / "outcome"):
         raise UserError(f"{workdir} holds no finished stage {name!r}; finish its training first.")
     return _load_outcome(found[0], mesh, rules)
 
@@ -133,7 +134,7 @@ def _load_outcome(folder: epath.Path, mesh: Mesh, rules: Rules) -> Outcome:
     snapshots = {
         int(path.name.split("-")[1]): load_plain(path, mesh=mesh, rules=rules)[0]
         for path in sorted(folder.glob("snapshot-*"))
-        if not path.name.endswith("tmp")
+        if is_stored(path)
     }
     return Outcome(published, snapshots, consts, info["metrics"], info["members"])
 
@@ -194,7 +195,7 @@ class _StageRun:
     def result(self) -> dict[str, Any]:
         """Finishes the stage if it is not, and returns its numbers."""
         checkpoints = self.ctx.workdir / "checkpoints" / self.folder.name
-        if not (self.folder / "outcome").exists():
+        if not is_stored(self.folder / "outcome"):
             self._train(checkpoints)
         if self.ctx.chief:
             remove_folder(checkpoints)
@@ -233,7 +234,7 @@ class _StageRun:
     def _prepared(self, key: jax.Array, previous: Mapping[str, Outcome]) -> Any:
         # Always read back from disk, so that a first run and a resumed one see the same arrays.
         folder, stage = self.folder / "consts", self.stage
-        if not folder.exists():
+        if not is_stored(folder):
             prepare_key = split_key(key)[0]
             if stage.looped:
                 each = (previous_of(previous, k, stage.members) for k in range(stage.members))
@@ -381,7 +382,7 @@ class _StageRun:
         if t in stage.snapshots:
             self._settle()
             folder = self.folder / f"snapshot-{t:08d}"
-            if not folder.exists():
+            if not is_stored(folder):
                 save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
         if t == stage.num_steps:
             return

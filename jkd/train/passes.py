@@ -116,12 +116,11 @@ def evaluate(
     *,
     mesh: Mesh,
     residents: Residents,
-    check: Callable[[], None] = lambda: None,
 ) -> Mapping[str, Any]:
     """Runs one evaluator over its whole source and returns the metrics that its `finish` computes.
 
     The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
-    compiles once. `check` is called between batches.
+    compiles once.
     """
     source = evaluator.source(consts) if callable(evaluator.source) else evaluator.source
     source = source.in_order()
@@ -139,7 +138,6 @@ def evaluate(
         else:
             sums = program[0](*args) if sums is None else program[1](sums, *args)
             jax.block_until_ready(sums)
-        check()
     if evaluator.kind == "gather":
         return evaluator.finish(jax.tree.map(lambda *xs: np.concatenate(xs, axis=axis), *rows))
     return evaluator.finish(jax.device_get(sums))

@@ -25,11 +25,12 @@ def tiny_images():
     return images, np.arange(NUM, dtype=np.int32) % CLASSES
 
 
-def write_set(data_dir, name, version, features, examples):
-    """Writes `examples` as split "train" of the TFDS set `name`, without registering it."""
+def write_set(data_dir, set_name, version, features, examples):
+    """Writes `examples` as split "train" of the TFDS set `set_name`, without registering it."""
     import tensorflow_datasets as tfds
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = set_name
         code_path = None
         VERSION = tfds.core.Version(version)
 
@@ -43,7 +44,6 @@ def write_set(data_dir, name, version, features, examples):
         def _generate_examples(self):
             yield from enumerate(examples)
 
-    Builder.name = name
     from jkd.data.records import quiet
 
     with quiet():

@@ -46,15 +46,10 @@ def test_mnist5k_is_mlxtends_digits():
     assert np.bincount(train.labels).tolist() == [100] * 10
     assert np.bincount(test.labels).tolist() == [400] * 10
     assert whole.shape == (28, 28, 1)
-    np.testing.assert_array_equal(
-        whole.arrays["image"], np.concatenate([train.arrays["image"], test.arrays["image"]])
-    )
+    np.testing.assert_array_equal(whole.arrays["image"], np.concatenate([train.arrays["image"], test.arrays["image"]]))
     images, labels = mnist_data()
     theirs = {(image.astype(np.uint8).tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
-    ours = {
-        (image.tobytes(), int(label))
-        for image, label in zip(whole.arrays["image"], whole.labels, strict=True)
-    }
+    ours = {(image.tobytes(), int(label)) for image, label in zip(whole.arrays["image"], whole.labels, strict=True)}
     assert ours == theirs
 
 
@@ -81,7 +76,8 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
     rename = os.rename
 
     def late(source, target):
-        shutil.copytree(tmp_path / "other" / "digits8x8" / "1.0.0", target)  # the other one was faster
+        if target == tmp_path / "ours" / "digits8x8" / "1.0.0":  # the other process was faster
+            shutil.copytree(tmp_path / "other" / "digits8x8" / "1.0.0", target)
         rename(source, target)
 
     monkeypatch.setattr(builders.os, "rename", late)
@@ -160,9 +156,7 @@ def test_not_prepared_names_the_command(tmp_path, caplog):
 def test_tfrecord_only_names_the_conversion(tfds_dir, tmp_path):
     folder = tmp_path / "cifar100" / "3.0.2"
     shutil.copytree(tfds_dir / "cifar100" / "3.0.2", folder)
-    (folder / "cifar100-train.array_record-00000-of-00001").rename(
-        folder / "cifar100-train.tfrecord-00000-of-00001"
-    )
+    (folder / "cifar100-train.array_record-00000-of-00001").rename(folder / "cifar100-train.tfrecord-00000-of-00001")
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match="stored as tfrecord only") as error:

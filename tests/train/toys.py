@@ -108,3 +108,77 @@ def final(workdir: str, name: str) -> dict[str, np.ndarray]:
     outcome = train.load_outcome(workdir, name)
     leaves = jax.tree.leaves_with_path((outcome.published, outcome.snapshots, outcome.consts))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def kill() -> None:
+    """The end without any warning."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(moment: str) -> None:
+    """Makes this process kill itself (or ask itself to stop) at a moment of the run, `kind:where`."""
+    from jkd.train import checkpoint, loop, passes
+
+    kind, where = moment.split(":")
+    if kind in ("step", "term"):
+        boundary = loop._StageRun._boundary
+
+        def at_step(self):
+            if f"{self.stage.name}-{self.t}" == where:
+                kill() if kind == "step" else os.kill(os.getpid(), signal.SIGTERM)
+            boundary(self)
+
+        loop._StageRun._boundary = at_step
+    elif kind == "save":  # the write is under way in the background
+        save = checkpoint.Checkpoints.save
+
+        def in_save(self, step, *rest):
+            save(self, step, *rest)
+            if f"{self._directory.name[3:]}-{step}" == where:
+                kill()
+
+        checkpoint.Checkpoints.save = in_save
+    elif kind == "evaluation":  # in the second batch
+        cross, calls = passes.cross, []
+
+        def in_evaluation(*args):
+            calls.append(1)
+            if len(calls) == int(where):
+                kill()
+            return cross(*args)
+
+        passes.cross = in_evaluation
+    else:  # before or after a stage's consts, snapshot or outcome is stored
+        store = loop.save_plain
+
+        def in_store(directory, *args, **named):
+            hit = f"{directory.parent.name[3:]}-{directory.name}".startswith(where)
+            if hit and kind == "before":
+                kill()
+            store(directory, *args, **named)
+            if hit and kind == "after":
+                kill()
+
+        loop.save_plain = in_store
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--moment")
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.moment:
+        arm(args.moment)
+    try:
+        results = train.run(two_stages(), workdir=args.workdir, log_every=7, options=OPTIONS)
+    except train.Preempted as stop:
+        sys.exit(f"{stop}")
+    print(json.dumps(results))
+
+
+OPTIONS = train.LoopOptions(checkpoint_every=10, progress=False)
+
+if __name__ == "__main__":
+    main()
