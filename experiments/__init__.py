@@ -1,0 +1,1 @@
+"""Entry points, and one module a method that wires jkd functions into stages."""

@@ -16,6 +16,7 @@ from jkd.data.augment import rotate as rotate
 from jkd.data.augment import rotation_bank as rotation_bank
 from jkd.data.augment import shift as shift
 from jkd.data.dataset import Dataset as Dataset
+from jkd.data.dataset import blank as blank
 from jkd.data.dataset import concat as concat
 from jkd.data.dataset import from_arrays as from_arrays
 from jkd.data.idx import read_idx as read_idx

@@ -134,11 +134,7 @@ def cutout(key: PRNGKeyArray, images: Images, size: int, *, per_example: bool = 
     return jnp.where(_box(images.shape[1:3], center, sides), jnp.zeros((), images.dtype), images)
 
 
-def mixup(
-    images: Float[Array, "batch height width channel"],
-    permutation: Int[Array, " batch"],
-    lam: Number | Float[Array, "..."],
-) -> Float[Array, "batch height width channel"]:
+def mixup(images: Images, permutation: Int[Array, " batch"], lam: Number | Float[Array, "..."]) -> Images:
     """Returns lam x_i + (1 - lam) x_{permutation(i)} with `lam` in [0, 1], a scalar or [batch].
 
     Float images only; the result has their dtype. Zhang et al., "mixup: beyond empirical risk minimization",

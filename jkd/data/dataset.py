@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jkd.data.rows import ArrayRows, Batch, JoinedRows, Rows, check_arrays
+from jkd.data.rows import ArrayRows, BlankRows, Batch, JoinedRows, Rows, check_arrays
 from jkd.data.seeding import random_state
 from jkd.errors import UserError
 
@@ -164,6 +164,11 @@ def from_arrays(
     rows = ArrayRows(image, label.astype(np.int32))
     height, width, channels = image.shape[1:]
     return Dataset(name, num_classes, (height, width, channels), rows, np.arange(len(image), dtype=np.int32))
+
+
+def blank(num_examples: int, shape: tuple[int, int, int], num_classes: int, name: str = "blank") -> Dataset:
+    """Stands in for a set that is not on this machine, where only shapes matter (plans): no image is stored."""
+    return Dataset(name, num_classes, shape, BlankRows(num_examples, shape), np.arange(num_examples, dtype=np.int32))
 
 
 def concat(datasets: Sequence[Dataset]) -> Dataset:

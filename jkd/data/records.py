@@ -104,6 +104,8 @@ def find_builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> tfd
             f"Data set {name!r} is not prepared in {folder}, and nothing downloads by itself. Prepare "
             f"it once, where TensorFlow is installed: tfds build {name} --file_format=array_record{where}"
         )
+    # As it is on disk: a builder made from TFDS's code does not see formats that were added by conversion.
+    builder = tfds.builder_from_directory(folder)
     formats = builder.info.available_file_formats()
     if ARRAY_RECORD not in formats:
         raise UserError(

@@ -67,6 +67,25 @@ class ArrayRows(Rows):
         return {name: array[rows] for name, array in self.arrays.items()}
 
 
+class BlankRows(Rows):
+    """Black images of class 0, made when they are read: stand-ins of a set that is not on this machine."""
+
+    def __init__(self, count: int, shape: tuple[int, int, int]):
+        self._count, self._shape = count, shape
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Zeros."""
+        return np.zeros(self._count, np.int32)
+
+    def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
+        """Black images, whatever `rows` are asked for."""
+        return {"image": np.zeros((len(rows), *self._shape), np.uint8), "label": np.zeros(len(rows), np.int32)}
+
+
 class JoinedRows(Rows):
     """Rows of several sets one after the other, at least one of them on disk; classes are offset."""
 

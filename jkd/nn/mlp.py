@@ -1,6 +1,7 @@
 """A multilayer perceptron."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -60,7 +61,7 @@ class MLP(nn.Module):
 def mlp(
     num_classes: int = 10,
     *,
-    hidden: tuple[int, ...] = (256, 256),
+    hidden: Sequence[int] = (256, 256),
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
 ) -> MLP:

@@ -65,7 +65,7 @@ class _Context:
 
     def say(self, text: str) -> None:
         if self.chief:
-            console.print(text)
+            console.print(text, soft_wrap=True)
 
     def sweep(self, fn: Any, args: Any, source: Any, key: Any = None) -> Any:
         return sweep(fn, args, source, key, mesh=self.mesh, residents=self.residents, rules=self.rules)
@@ -136,7 +136,8 @@ def _load_outcome(folder: epath.Path, mesh: Mesh, rules: Rules) -> Outcome:
         for path in sorted(folder.glob("snapshot-*"))
         if is_stored(path)
     }
-    return Outcome(published, snapshots, consts, info["metrics"], info["members"])
+    numbers = {name: np.asarray(value) for name, value in info["metrics"].items()}
+    return Outcome(published, snapshots, consts, numbers, info["members"])
 
 
 class _Member:

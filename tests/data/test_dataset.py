@@ -128,3 +128,13 @@ def test_concat_needs_one_shape():
 def test_from_arrays_errors(image, label, message):
     with pytest.raises(UserError, match=message):
         data.from_arrays(image, label, num_classes=3)
+
+
+def test_blank_sets_have_shapes_without_memory():
+    made = data.blank(1_281_167, (224, 224, 3), 1000)
+    source = data.source(made, 4, seed=0)
+    assert isinstance(source, data.StreamSource)
+    batch = source.batch(10**5)
+    assert batch["image"].shape == (4, 224, 224, 3)
+    assert not batch["label"].any()
+    assert len(made) == 1_281_167

@@ -25,18 +25,19 @@ def test_mlp_by_hand():
 
 
 def test_mlp_counts_and_linear_classifier():
-    variables = nn.init(nn.mlp(10), KEY, (28, 28, 1))
+    variables = jax.eval_shape(lambda: nn.init(nn.mlp(10), KEY, (28, 28, 1)))
     assert set(variables) == {"params"}
     assert nn.count_parameters(variables["params"]) == 785 * 256 + 257 * 256 + 257 * 10
     linear = nn.mlp(10, hidden=())
-    variables = nn.init(linear, KEY, (8, 8, 1))
+    variables = jax.eval_shape(lambda: nn.init(linear, KEY, (8, 8, 1)))
     assert nn.count_parameters(variables["params"]) == 65 * 10
-    assert linear.apply(variables, jnp.ones((2, 8, 8, 1))).features["pool"].shape == (2, 64)
+    out = jax.eval_shape(linear.apply, variables, jnp.ones((2, 8, 8, 1)))
+    assert out.features["pool"].shape == (2, 64)
 
 
 def test_cnn_counts_and_taps():
     model = nn.cnn(10, width=4)
-    variables = nn.init(model, KEY, (28, 28, 1))
+    variables = jax.eval_shape(lambda: nn.init(model, KEY, (28, 28, 1)))
     layers = [(1, 4), (4, 8), (8, 16)]
     assert nn.count_parameters(variables["params"]) == sum(9 * i * o + 2 * o for i, o in layers) + 17 * 10
     out = jax.eval_shape(model.apply, variables, jnp.zeros((3, 28, 28, 1)))
@@ -49,9 +50,9 @@ def test_cnn_counts_and_taps():
 
 
 @pytest.mark.parametrize("model", [nn.mlp(5, hidden=(8,)), nn.cnn(5, width=4)], ids=["mlp", "cnn"])
-def test_logits_read_the_pooled_vector(model):
-    variables = nn.init(model, KEY, (8, 8, 1))
-    out = model.apply(variables, jax.random.normal(KEY, (4, 8, 8, 1)))
+def test_logits_read_the_pooled_vector(random_variables, model):
+    variables = random_variables(model, (8, 8, 1))
+    out = jax.jit(model.apply)(variables, jax.random.normal(KEY, (4, 8, 8, 1)))
     head = variables["params"]["head"]
     np.testing.assert_allclose(
         out.logits, out.features["pool"] @ head["kernel"] + head["bias"][None], rtol=1e-6, atol=1e-6

@@ -179,7 +179,7 @@ def test_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
     def wider(key, previous, consts):
         return train.create_state({"params": toys.init_params(key, width=40)}, toys.OPTIMIZER)
 
-    with pytest.raises(UserError, match="does not fit this run: .*bias"):
+    with pytest.raises(UserError, match="does not fit this run: .*kernel is "):
         train.run([toys.classifier(init=wider)], workdir=str(workdir), log_every=7, options=toys.OPTIONS)
 
 

@@ -1,0 +1,177 @@
+"""Image classification as a task: splits, views, optimizers, accuracy; shared by the methods that train classifiers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from jkd import data, metrics, nn, train
+from jkd.errors import UserError
+
+SPLIT_SEEDS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The data of one config.
+
+    Attributes:
+      config: its `data` section.
+      pool: the set that training and validation rows are drawn from.
+      test: the set that test rows are in (the pool itself where the data have one split).
+    """
+
+    config: Any
+    pool: data.Dataset
+    test: data.Dataset
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels."""
+        return self.pool.num_classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image."""
+        return self.pool.shape
+
+    def split(self, key: jax.Array) -> dict[str, np.ndarray]:
+        """Draws the rows {"train", "validation", "test"}; equal keys draw equal rows.
+
+        Validation rows are class-balanced like the pool; the long tail is cut from what remains for training.
+        """
+        seed = int(jax.random.randint(key, (), 0, SPLIT_SEEDS))
+        c, rest = self.config, self.pool
+        rows = {}
+        if c.validation_examples:
+            validation, rest = rest.split(c.validation_examples, seed=seed)
+            rows["validation"] = validation.indices
+        if c.train_examples:
+            chosen, rest = rest.split(c.train_examples, seed=seed)
+        else:
+            chosen = rest
+        rows["train"] = chosen.long_tail(c.imbalance, seed=seed).indices if c.imbalance > 1 else chosen.indices
+        rows["test"] = self.test.indices if c.test_split else rest.indices
+        return {name: np.asarray(index, np.int32) for name, index in rows.items()}
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of rows in each part; the same for every key."""
+        return {name: len(index) for name, index in self.split(jax.random.key(0)).items()}
+
+    def source(self, consts: Any, batch_size: int) -> data.Source:
+        """The training batches of a stage whose consts hold `rows` and `order`."""
+        part = self.pool.subset(np.asarray(consts["rows"]["train"]))
+        return data.source(part, batch_size, seed=int(consts["order"]))
+
+    def part(self, consts: Any, name: str, batch_size: int) -> data.Source:
+        """The "train", "validation" or "test" rows in order."""
+        whole = self.test if name == "test" else self.pool
+        return data.source(whole.subset(np.asarray(consts["rows"][name])), batch_size, seed=None)
+
+    def draw(self, key: jax.Array) -> dict[str, Any]:
+        """The consts that `source` and `part` need, drawn from a stage's prepare key."""
+        split, order = jax.random.split(key)
+        return {"rows": self.split(split), "order": jax.random.randint(order, (), 0, SPLIT_SEEDS)}
+
+
+def load_task(config: ConfigDict) -> Task:
+    """Loads the data of a config, or stand-ins of the same shape where `data.blank` is set (for plans)."""
+    c = config.data
+    if c.blank:
+        shape, classes = tuple(c.shape), c.num_classes
+        make = functools.partial(data.blank, shape=shape, num_classes=classes, name=c.name)
+        pool = make(c.num_examples)
+        return Task(c, pool, make(max(c.num_examples // 10, config.eval_batch_size)) if c.test_split else pool)
+    load = functools.partial(data.load, c.name, data_dir=c.data_dir or None, image_size=c.image_size or None)
+    pool = load(c.train_split)
+    return Task(c, pool, load(c.test_split) if c.test_split else pool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Images as a model sees them: augmented for training, plain for evaluation; float32, normalized."""
+
+    augment: Callable
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """A random view of every image."""
+        return data.normalize(self.augment(key, images), self.mean, self.std)
+
+    def plain(self, images: jax.Array) -> jax.Array:
+        """The images themselves."""
+        return data.normalize(images, self.mean, self.std)
+
+
+def make_views(config: ConfigDict) -> Views:
+    """The views of a config's `data` section: shift, pad_crop and flip, in this order."""
+    c, steps = config.data, []
+    if c.shift:
+        steps.append(functools.partial(data.shift, max_shift=c.shift))
+    if c.pad_crop:
+        steps.append(functools.partial(data.pad_crop, padding=c.pad_crop))
+    if c.flip:
+        steps.append(data.flip)
+    return Views(data.compose(*steps) if steps else lambda key, images: images, tuple(c.mean), tuple(c.std))
+
+
+def build_model(config: ConfigDict, task: Task) -> Any:
+    """The model of a `teacher` or `student` section."""
+    options = {"hidden": tuple(config.hidden)} if config.model == "mlp" else {}
+    if config.model == "cnn":
+        options = {"width": config.width}
+    return nn.build(config.model, task.num_classes, dtype=jnp.dtype(config.dtype), **options)
+
+
+def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
+    """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
+
+    `milestones` are epochs: the rate drops tenfold after each of them.
+    """
+    if config.schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(lr, num_steps)
+    elif config.schedule == "steps":
+        drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
+        schedule = optax.piecewise_constant_schedule(lr, drops)
+    else:
+        raise UserError(f"schedule must be 'cosine' or 'steps', got {config.schedule!r}.")
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum))
+
+
+def steps_of(config: ConfigDict, task: Task, epochs: float) -> tuple[int, float]:
+    """The number of steps in so many epochs, and the steps in one."""
+    per_epoch = task.sizes["train"] / config.batch_size
+    return max(1, round(epochs * per_epoch)), per_epoch
+
+
+def accuracy_evaluators(config: ConfigDict, task: Task, model: Any, views: Views, steps_per_epoch: float) -> dict:
+    """Top-1 (and top-5 from 20 classes on) accuracy in percent, on the validation and test rows."""
+    ranks = (1, 5) if task.num_classes >= 20 else (1,)
+
+    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, Any]:
+        logits = model.apply(published, views.plain(batch["image"]), train=False).logits
+        hits = {f"top{k}": (metrics.topk_correct(logits, batch["label"], k) & mask).sum() for k in ranks}
+        return {**hits, "total": mask.sum()}
+
+    def finish(sums: Any) -> dict[str, float]:
+        return {f"top{k}": 100 * float(sums[f"top{k}"]) / float(sums["total"]) for k in ranks}
+
+    def evaluator(name: str) -> train.Evaluator:
+        source = functools.partial(task.part, name=name, batch_size=config.eval_batch_size)
+        every = round(config.eval_epochs * steps_per_epoch)
+        return train.Evaluator(source, collect, finish, every=every)
+
+    return {name: evaluator(name) for name in ("validation", "test") if name in task.sizes}
+
+
+def member_keys(config: ConfigDict) -> jax.Array:
+    """One key for each of the config's paired seeds; the same for all stages."""
+    return jax.random.split(jax.random.key(config.seed), config.seeds)

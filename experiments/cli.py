@@ -1,0 +1,161 @@
+"""What all commands share: configs, overrides, the process group, and errors as one line."""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import ml_collections
+
+from jkd.errors import UserError, nearest, unknown
+from jkd.train.workdir import flatten
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
+    """Loads `configs/<method>.py[:variant]` and applies overrides by dotted name.
+
+    Raises:
+      UserError: for an unknown file, variant or field (the nearest known one is named), or a wrong type.
+    """
+    path, _, variant = spec.partition(":")
+    file = pathlib.Path(path)
+    file = file if file.exists() else ROOT / path
+    if not file.is_file():
+        known = [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("[a-z]*.py"))]
+        raise unknown("config", path, known)
+    module = _load_module(file)
+    if variant and variant not in module.VARIANTS:
+        raise unknown(f"variant of {path}", variant, module.VARIANTS)
+    config = module.get_config(variant or "default")
+    apply_overrides(config, overrides or {})
+    return config
+
+
+def _load_module(file: pathlib.Path) -> ModuleType:
+    found = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets fields by dotted name, with the type that each field has.
+
+    Raises:
+      UserError: if a field does not exist or the value is of another type.
+    """
+    known = flatten(config.to_dict())
+    for name, value in overrides.items():
+        if name not in known:
+            raise UserError(f"Unknown config field {name!r}.{nearest(name, known)} See the config file for all.")
+        try:
+            config.update_from_flattened_dict({name: _parse(value, known[name])})
+        except (TypeError, ValueError, SyntaxError) as error:
+            kind = type(known[name]).__name__
+            raise UserError(f"Config field {name!r} takes a {kind} like {known[name]!r}, got {value!r}.") from error
+
+
+def _parse(value: Any, like: Any) -> Any:
+    if not isinstance(value, str) or isinstance(like, str):
+        return value
+    if isinstance(like, bool):
+        return {"true": True, "false": False}[value.lower()] if value.lower() in ("true", "false") else value
+    if isinstance(like, tuple):
+        items = [item.strip() for item in value.strip("()").split(",") if item.strip()]
+        return tuple(_parse(item, like[0]) if like else item for item in items)
+    parsed = ast.literal_eval(value)
+    return float(parsed) if isinstance(like, float) and isinstance(parsed, int) else parsed
+
+
+def parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
+    """The arguments that all commands share."""
+    made = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any field of the config is set by --config.NAME=VALUE, e.g. --config.arms.kd.lr=0.02."
+        if config
+        else None,
+        allow_abbrev=False,
+    )
+    if config:
+        made.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="configs/<method>.py[:variant]")
+        made.epilog = "Any field of the config is set by --config.NAME=VALUE, e.g. --config.arms.kd.lr=0.02."
+    group = made.add_argument_group("several processes (detected by itself on TPU pods and under SLURM)")
+    group.add_argument("--distributed", action="store_true", help="join the cluster that JAX detects")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num-processes", type=int)
+    group.add_argument("--process-id", type=int)
+    return made
+
+
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Parses arguments and the `--config.NAME=VALUE` overrides.
+
+    Raises:
+      UserError: for an argument that is neither; the nearest known one is named.
+    """
+    args, rest = made.parse_known_args(argv)
+    overrides = {}
+    for item in rest:
+        name, equals, value = item.removeprefix("--config.").partition("=")
+        if not item.startswith("--config.") or not equals:
+            options = [o for action in made._actions for o in action.option_strings]
+            raise UserError(
+                f"Unknown argument {item!r}.{nearest(item, options)} Fields are set as --config.NAME=VALUE."
+            )
+        overrides[name] = value
+    return args, overrides
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Joins the process group, where there is one; the only place that does."""
+    if args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    elif args.distributed:
+        jax.distributed.initialize()
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        # Virtual devices outnumber cores: steps in flight at once could starve a collective of threads.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the user has said where already."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jkd" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def experiment(config: ml_collections.ConfigDict) -> ModuleType:
+    """The module of the config's method."""
+    return importlib.import_module(f"experiments.{config.method}")
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a command's main function; a mistake of the user's is one line and exit code 2."""
+    from jkd.train import Preempted
+
+    try:
+        main()
+    except Preempted as stop:
+        print(f"jkd: {stop}", file=sys.stderr)
+        sys.exit(143)
+    except UserError as error:
+        print(f"jkd: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("jkd: interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,95 @@
+"""Tables and plots of finished runs."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from jkd import metrics
+
+
+def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1") -> dict[str, Any]:
+    """Per stage: mean, interval and seeds of a metric, and the paired difference to the baseline stage.
+
+    With a single seed there is no interval, and `interval` and `difference` are None.
+    """
+    rows: dict[str, Any] = {}
+    base = stages.get(baseline, {}).get("metrics", {}).get(metric)
+    for name, stage in stages.items():
+        if metric not in stage["metrics"]:
+            continue
+        values = np.atleast_1d(np.asarray(stage["metrics"][metric], float))
+        row: dict[str, Any] = {"mean": float(values.mean()), "seeds": len(values), "values": values.tolist()}
+        row["best_epoch_mean"] = float(np.mean(stage["history"][metric]["max"]))
+        row["interval"] = row["difference"] = None
+        if len(values) > 1:
+            found = metrics.mean_interval(values)
+            row["interval"] = [float(found.low), float(found.high)]
+            if base is not None and name not in (baseline, "teacher"):
+                pair = metrics.paired_difference(values, np.atleast_1d(np.asarray(base, float)))
+                row["difference"] = {"to": baseline, **{k: float(v) for k, v in pair._asdict().items()}}
+        rows[name] = row
+    return {metric: rows}
+
+
+def show(results: Mapping[str, Any], workdir: str) -> None:
+    """Prints the table of a run and saves its plot beside it."""
+    console = Console()
+    for metric, rows in results["results"].items():
+        console.print(table(rows, metric))
+        path = epath.Path(workdir) / "plot.png"
+        path.write_bytes(plot(rows, metric, results["method"]))
+        console.print(f"Results: {epath.Path(workdir) / 'results.json'}   Plot: {path}", soft_wrap=True)
+
+
+def table(rows: Mapping[str, Any], metric: str) -> Table:
+    """Mean, 95 % interval and paired difference of every stage."""
+    made = Table(title=f"{metric}, % (95 % intervals)")
+    for column, justify in (("stage", "left"), ("mean", "right"), ("interval", "right"), ("vs", "left")):
+        made.add_column(column, justify=justify)  # type: ignore[arg-type]
+    made.add_column("paired difference", justify="right")
+    made.add_column("p", justify="right")
+    made.add_column("best epoch", justify="right")
+    made.add_column("seeds", justify="right")
+    for name, row in rows.items():
+        pair, vs = row["difference"], ("", "", "")
+        if pair is not None:
+            vs = (pair["to"], f"{pair['mean']:+.2f} {_range(pair['low'], pair['high'])}", f"{pair['p_value']:.3f}")
+        interval = "" if row["interval"] is None else _range(*row["interval"])
+        made.add_row(name, f"{row['mean']:.2f}", interval, *vs, f"{row['best_epoch_mean']:.2f}", str(row["seeds"]))
+    return made
+
+
+def _range(low: float, high: float) -> str:
+    return rf"\[{low:.2f}, {high:.2f}]"
+
+
+def plot(rows: Mapping[str, Any], metric: str, title: str) -> bytes:
+    """A PNG: every seed as a point, the mean and its interval as a bar with whiskers; students only."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(rows)
+    figure, axes = plt.subplots(figsize=(7.2, 0.42 * len(names) + 1.4), layout="constrained")
+    for y, name in enumerate(names):
+        row = rows[name]
+        axes.plot(row["values"], [y] * row["seeds"], "o", ms=3, color="0.6", zorder=1)
+        low, high = row["interval"] or (row["mean"], row["mean"])
+        axes.plot([low, high], [y, y], "-", lw=3, color="C0" if name != "teacher" else "C1", zorder=2)
+        axes.plot([row["mean"]], [y], "D", ms=6, color="C0" if name != "teacher" else "C1", zorder=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    seeds = max(row["seeds"] for row in rows.values())
+    axes.set_xlabel(f"{metric}, %: mean, 95 % interval, {seeds} seeds")
+    axes.set_title(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
