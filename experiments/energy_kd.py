@@ -59,7 +59,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"arms.{name} mixes images, which cached logits do not cover: set teacher.source=live.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
     """What the stages of one config share."""
 
@@ -79,6 +79,29 @@ class Setup:
     def teach(self, variables: Any, images: jax.Array) -> jax.Array:
         """The teacher's logits, in evaluation mode and without gradient."""
         return jax.lax.stop_gradient(self.teacher.apply(variables, images, train=False).logits)
+
+    # One function object for all arms: equal programs then compile once.
+
+    @functools.cached_property
+    def energies(self) -> Callable:
+        """For `sweep`: the teacher's energy for random views."""
+        return lambda teacher, batch, key: distill.energy_score(
+            self.teach(teacher, self.views.train(key, batch["image"]))
+        )
+
+    @functools.cached_property
+    def bank_logits(self) -> Callable:
+        """For `sweep`: the teacher's logits for one view of a bank."""
+        return lambda args, batch, key: self.teach(
+            args["teacher"], bank_view(self.views, args["bank_key"], args["view"], batch["index"], batch["image"])
+        )
+
+    @functools.cached_property
+    def student_evaluators(self) -> dict[str, train.Evaluator]:
+        """Accuracies, and the shares of the energy groups."""
+        _, per_epoch = cls.steps_of(self.config, self.task, 1)
+        accuracies = cls.accuracy_evaluators(self.config, self.task, self.student, self.views, per_epoch)
+        return {**accuracies, "groups": group_evaluator(self)}
 
 
 # --- the teacher ---
@@ -188,9 +211,7 @@ def student(setup: Setup, name: str) -> train.Stage:
     section = config.student.copy_and_resolve_references()
     section.milestones = arm.milestones
     optimizer = cls.make_optimizer(section, arm.lr, steps, per_epoch)
-    evaluators = cls.accuracy_evaluators(config, setup.task, setup.student, setup.views, per_epoch)
-    if uses_energy(arm):
-        evaluators["groups"] = group_evaluator(setup)
+    evaluators = {n: e for n, e in setup.student_evaluators.items() if n != "groups" or uses_energy(arm)}
     return train.Stage(
         name,
         steps,
@@ -211,21 +232,13 @@ def uses_energy(arm: ConfigDict) -> bool:
 
 def preparer(setup: Setup, arm: ConfigDict) -> Callable:
     """`Stage.prepare` of an arm: rows, the teacher or its cached logits, and energy thresholds."""
-    views = setup.views
-
-    def energies(teacher: Any, batch: Any, key: jax.Array) -> jax.Array:
-        return distill.energy_score(setup.teach(teacher, views.train(key, batch["image"])))
-
-    def bank_rows(args: Any, batch: Any, key: None) -> jax.Array:
-        images = bank_view(views, args["bank_key"], args["view"], batch["index"], batch["image"])
-        return setup.teach(args["teacher"], images)
 
     def prepare(key: jax.Array, previous: Mapping[str, train.Outcome], sweep: Callable) -> dict[str, Any]:
         # The teacher's stage drew its rows from the same key.
         consts: dict[str, Any] = setup.task.draw(key)
         teacher, sweep_key = previous["teacher"].published, jax.random.fold_in(key, 1)
         if setup.config.teacher.source == "cached":
-            consts |= cache_logits(setup, bank_rows, teacher, consts, sweep_key, sweep)
+            consts |= cache_logits(setup, teacher, consts, sweep_key, sweep)
         else:
             consts["teacher"] = teacher
         if uses_energy(arm):
@@ -233,7 +246,7 @@ def preparer(setup: Setup, arm: ConfigDict) -> Callable:
                 found = distill.energy_score(jnp.asarray(consts["logits"]).reshape(-1, setup.task.num_classes))
             else:
                 source = setup.task.source(consts, setup.config.batch_size)
-                found = sweep(energies, teacher, source, sweep_key)
+                found = sweep(setup.energies, teacher, source, sweep_key)
             thresholds = distill.energy_thresholds(jnp.asarray(found), arm.low_rate, arm.high_rate)
             consts["thresholds"] = dict(thresholds._asdict())
         return consts
@@ -251,14 +264,14 @@ def bank_view(views: cls.Views, key: Any, view: Any, index: jax.Array, images: j
     return jax.vmap(one)(view, index, images)
 
 
-def cache_logits(setup: Setup, rows: Callable, teacher: Any, consts: Any, key: jax.Array, sweep: Callable) -> dict:
+def cache_logits(setup: Setup, teacher: Any, consts: Any, key: jax.Array, sweep: Callable) -> dict[str, Any]:
     """The teacher's logits for a fixed bank of views of the training rows, and where each row's are.
 
     Returns `logits` [views, train rows, classes], `slot` (row of the pool -> its place in them), `bank_key`.
     """
     source = setup.task.part(consts, "train", setup.config.eval_batch_size)
     logits = [
-        sweep(rows, {"teacher": teacher, "bank_key": key, "view": np.int32(v)}, source)
+        sweep(setup.bank_logits, {"teacher": teacher, "bank_key": key, "view": np.int32(v)}, source)
         for v in range(setup.config.teacher.bank)
     ]
     slot = np.zeros(len(setup.task.pool), np.int32)

@@ -129,10 +129,13 @@ def _publish(stage: Stage, batched: Callable, members: int, state: Any) -> Any:
     return batched(stage.publish, members, (0,))(state)
 
 
-def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluator:
-    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> Any:
-        return batched(evaluator.collect, members, (0, 0, 0, None))(published, consts, batch, mask)
+@functools.lru_cache(maxsize=256)
+def _collect(collect: Callable, batched: Callable, members: int) -> Callable:
+    # Cached, so that stages with one collect function share its compiled program.
+    return lambda *args: batched(collect, members, (0, 0, 0, None))(*args)
 
+
+def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluator:
     def finish(tree: Any) -> dict[str, np.ndarray]:
         results = [evaluator.finish(jax.tree.map(lambda x, k=k: x[k], tree)) for k in range(members)]
         return {name: np.asarray([r[name] for r in results]) for name in results[0]}
@@ -142,6 +145,7 @@ def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluat
             return _stacked_source(evaluator.source, members, consts)
         return StackedSource([evaluator.source] * members)
 
+    collect = _collect(evaluator.collect, batched, members)
     return dataclasses.replace(evaluator, source=source, collect=collect, finish=finish)
 
 

@@ -119,7 +119,9 @@ def run(
     return results
 
 
-def load_outcome(workdir: str | os.PathLike, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> Outcome:
+def load_outcome(
+    workdir: str | os.PathLike, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES
+) -> Outcome:
     """Loads a finished stage's outcome by name, onto any mesh, without the code that made it."""
     mesh = make_mesh() if mesh is None else mesh
     found = sorted((epath.Path(workdir) / "stages").glob(f"[0-9][0-9]-{name}"))

@@ -165,7 +165,7 @@ class PlanReport:
         return Group(device, network) if self.collectives else Group(device)
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     return f"{count / 1024**2:,.2f} MiB"
 
 
@@ -304,13 +304,13 @@ _ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 
 
 def _collectives(program: _Program) -> list[Collective]:
     runs = program.runs()
-    sums: dict[tuple[str, str, int, bool], list[int]] = defaultdict(lambda: [0, 0, 0])
+    sums: dict[tuple[str, str, int, bool], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
     for one in _distinct(program, runs):
         across = one.opcode == "send"
         kind, dtype, size, group = _across_slices(one) if across else _within_slice(one, program.num_devices)
         wire = _ROUNDS[kind] * size * (group - 1) // group if _ROUNDS[kind] else size
-        total = sums[kind, dtype, group, across]
-        total[:] = [old + runs[one.computation] * new for old, new in zip(total, (1, size, wire), strict=True)]
+        times, (count, sizes, wires) = runs[one.computation], sums[kind, dtype, group, across]
+        sums[kind, dtype, group, across] = (count + times, sizes + times * size, wires + times * wire)
     found = [Collective(*key[:2], *total, *key[2:]) for key, total in sums.items()]
     return sorted(found, key=lambda one: one.wire_bytes, reverse=True)
 

@@ -162,17 +162,33 @@ def arm(moment: str) -> None:
         loop.save_plain = in_store
 
 
+def join(args: argparse.Namespace) -> None:
+    """Sets up this process: its virtual devices, and the other processes where there are any."""
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    jax.config.update("jax_enable_x64", args.x64)
+    if args.devices > 1:  # more devices than cores: see the tests' conftest
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if args.processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{args.port}", args.processes, args.process)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="in each process")
     parser.add_argument("--moment")
+    parser.add_argument("--steps", type=int, help="of the teacher alone; default: teacher and student")
+    parser.add_argument("--x64", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, default=0)
+    parser.add_argument("--port", type=int)
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", args.devices)
+    join(args)
     if args.moment:
         arm(args.moment)
+    stages = two_stages() if args.steps is None else [classifier(num_steps=args.steps)]
     try:
-        results = train.run(two_stages(), workdir=args.workdir, log_every=7, options=OPTIONS)
+        results = train.run(stages, workdir=args.workdir, log_every=7, options=OPTIONS)
     except train.Preempted as stop:
         sys.exit(f"{stop}")
     print(json.dumps(results))
