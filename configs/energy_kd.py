@@ -90,7 +90,7 @@ def digits() -> ConfigDict:
     config.student = network("mlp", 0.01, 40.0)
     config.student.hidden = (24, 24)
     config.arms = all_arms()
-    config.only = ()  # some of the arms; empty for all
+    config.only = ()  # some of the arms; empty: all; ("teacher",): no student
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "slices": 1})
     config.loop = ConfigDict({"checkpoint_every": 500, "keep": 3, "progress": True, "tensorboard": True})

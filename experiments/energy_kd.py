@@ -16,6 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 from experiments import classification as cls
+from experiments import studies
 from jkd import data, distill, metrics, nn, train
 from jkd.errors import UserError, unknown
 
@@ -35,11 +36,11 @@ def stages(config: ConfigDict) -> list[train.Stage]:
 
 
 def selected_arms(config: ConfigDict) -> list[str]:
-    """The arms to run: `only`, or all."""
+    """The arms to run: `only`, or all; "teacher" alone trains no student."""
     for name in config.only:
-        if name not in config.arms:
-            raise unknown("arm in config.only", name, config.arms)
-    return list(config.only) or list(config.arms)
+        if name not in (*config.arms, "teacher"):
+            raise unknown("arm in config.only", name, (*config.arms, "teacher"))
+    return [name for name in config.only or config.arms if name != "teacher"]
 
 
 def check(config: ConfigDict) -> None:
@@ -379,3 +380,42 @@ def group_evaluator(setup: Setup) -> train.Evaluator:
 
     source = functools.partial(setup.task.part, name="train", batch_size=setup.config.eval_batch_size)
     return train.Evaluator(source, collect, finish)
+
+
+# --- claims ---
+
+CLAIMS = (
+    studies.Claim("KD beats training on labels alone", better="kd", worse="ce"),
+    studies.Claim(
+        "Energy KD beats KD (same epochs)", "better on CIFAR-100, -LT and ImageNet", better="energy_kd", worse="kd"
+    ),
+    studies.Claim(
+        "Energy KD beats KD at 1.5 times the epochs, both", "not compared", better="energy_kd_long", worse="kd_long"
+    ),
+    studies.Claim(
+        "high temperature for certain samples beats the reverse", better="energy_kd", worse="energy_kd_reversed"
+    ),
+    studies.Claim("Energy DKD beats DKD", "better on CIFAR-100", better="energy_dkd", worse="dkd"),
+    studies.Claim(
+        "augmenting the uncertain half is as good as augmenting all (0.25 points)",
+        "as good or better",
+        better="kd_he_da",
+        worse="kd_cutmix",
+        margin=0.25,
+    ),
+    studies.Claim("HE-DA beats KD without it", better="kd_he_da", worse="kd"),
+    studies.Claim(
+        "low energy goes with high confidence (rank correlation)",
+        value=("teacher", "energy/rank_correlation_confidence"),
+        inside=(-1.0, -0.5),
+    ),
+    studies.Claim(
+        "the low-energy group has the asked share of the views",
+        value=("energy_kd", "groups/share_low"),
+        inside=(0.28, 0.32),
+    ),
+)
+STUDIES = (
+    studies.Study("digits", "configs/energy_kd.py", (0.003, 0.01, 0.03, 0.1), 4, CLAIMS),
+    studies.Study("fashion_lt", "configs/energy_kd.py:fashion_lt", (0.02, 0.05, 0.15), 2, CLAIMS),
+)

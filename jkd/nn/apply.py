@@ -2,7 +2,7 @@
 
 An `apply_fn` is `model.apply` of a linen module, what `from_nnx` returns, or any function of
 `(variables, images, train=...)`; only one that has state or draws random numbers is passed `mutable` or
-`rngs`.
+`rngs`. `train` is static: jit a function that calls `apply_train` or `apply_eval`, not `model.apply` itself.
 """
 
 import functools

@@ -162,8 +162,11 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
         shapes = {
             name: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for name, leaf in info["leaves"].items()
         }
+        _check_precision(directory, shapes)
         arrays = _restore(directory, shapes, mesh, rules) if shapes else {}
         _verify(arrays, info["leaves"])
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"The stored result {directory} cannot be used: {_first_line(error)}. "
@@ -172,6 +175,12 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
     leaves = [arrays[f"{i}"] for i in range(len(shapes))]
     leaves = [jax.random.wrap_key_data(x) if k else x for x, k in zip(leaves, info["keys"], strict=True)]
     return _decode(info["structure"], leaves), info
+
+
+def _check_precision(directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+    wide = sorted({str(x.dtype) for x in shapes.values() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype})
+    if wide:
+        raise UserError(f"{directory} holds {', '.join(wide)} arrays: set JAX_ENABLE_X64=1, as it was written.")
 
 
 def _restore(directory: epath.Path, shapes: Any, mesh: Any, rules: Any) -> Any:

@@ -1,5 +1,6 @@
 """ResNets: sizes, PyTorch's conventions, taps, dtypes."""
 
+import collections
 import functools
 import itertools
 
@@ -99,6 +100,22 @@ def test_strided_convolution_pads_both_sides():
             want[i, j] = np.einsum("hwc,hwco->o", padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3], kernel)
     # Untrained running statistics: mean 0, variance 1.
     np.testing.assert_allclose(got[0], want / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_bottleneck_strides():
+    """v1.5: in three 3x3 convolutions (and three shortcuts, and the stem), never in a unit's first 1x1."""
+    model = nn.resnet50(10, width=2)
+
+    def logits(key):
+        return model.apply(nn.init(model, key, (64, 64, 3)), jnp.zeros((1, 64, 64, 3))).logits
+
+    found = collections.Counter(
+        e.invars[1].aval.shape[0]
+        for e in equations(jax.make_jaxpr(logits)(KEY).jaxpr)
+        if e.primitive.name == "conv_general_dilated" and e.params["window_strides"] == (2, 2)
+    )
+    # Initialization traces the network once, the call once more.
+    assert found == {7: 2, 3: 6, 1: 6}
 
 
 def test_initial_values_follow_pytorch():

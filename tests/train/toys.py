@@ -1,6 +1,8 @@
 """Small stages that the tests of the loop share, and a command that runs them (for kill tests)."""
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -103,11 +105,26 @@ def two_stages() -> list[train.Stage]:
     return [classifier(snapshots=(8,)), student("student")]
 
 
+def alone(num_steps: int, **changes) -> train.Stage:
+    """The teacher, evaluated at its end only."""
+    return classifier(num_steps=num_steps, evaluators={"train": accuracy()}, **changes)
+
+
 def final(workdir: str, name: str) -> dict[str, np.ndarray]:
     """All arrays of a stage's outcome by path."""
     outcome = train.load_outcome(workdir, name)
     leaves = jax.tree.leaves_with_path((outcome.published, outcome.snapshots, outcome.consts))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def x64():
+    """Float64 in all threads (`jax.enable_x64` holds in one only, and checkpoints are read in others)."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def kill() -> None:
@@ -178,6 +195,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="in each process")
     parser.add_argument("--moment")
     parser.add_argument("--steps", type=int, help="of the teacher alone; default: teacher and student")
+    parser.add_argument("--checkpoint-every", type=int, default=10)
     parser.add_argument("--x64", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
@@ -186,9 +204,10 @@ def main() -> None:
     join(args)
     if args.moment:
         arm(args.moment)
-    stages = two_stages() if args.steps is None else [classifier(num_steps=args.steps)]
+    stages = two_stages() if args.steps is None else [alone(args.steps)]
+    options = dataclasses.replace(OPTIONS, checkpoint_every=args.checkpoint_every)
     try:
-        results = train.run(stages, workdir=args.workdir, log_every=7, options=OPTIONS)
+        results = train.run(stages, workdir=args.workdir, log_every=7, options=options)
     except train.Preempted as stop:
         sys.exit(f"{stop}")
     print(json.dumps(results))

@@ -1,0 +1,82 @@
+"""Tests the claims of the papers: tuned arms, paired seeds, intervals, a verdict each.
+
+    python -m experiments.reproduce energy_kd --out runs/reproduce [--budget MINUTES]
+
+Every cell of a study is a run of its own below OUT/cells: what is finished is kept, what was interrupted goes on.
+Writes OUT/results.json and OUT/report.html.
+"""
+
+import importlib
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from experiments import cli, html, train
+from experiments.studies import Study, run_study
+from jkd.errors import UserError, unknown
+from jkd.train.log import console, jsonable
+from jkd.train.workdir import write_text
+
+METHODS = ("energy_kd",)
+
+
+class OutOfTimeError(UserError):
+    """The budget ends before the next cell."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__, config=False)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of: {', '.join(METHODS)}; all by default")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the report and the cells")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no cell after so many minutes")
+    args, overrides = cli.parse(parser, argv)
+    for method in args.methods:
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+    cli.initialize(args)
+    cli.use_compilation_cache()
+    deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
+    reproduce(args.methods or METHODS, args.out, deadline, overrides)
+
+
+def reproduce(
+    methods: Any, out: pathlib.Path, deadline: float | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Runs the studies of the methods and writes the report; a study that cannot run says why."""
+    results: dict[str, Any] = {}
+    for method in methods:
+        results[method] = {}
+        for study in importlib.import_module(f"experiments.{method}").STUDIES:
+            results[method][study.name] = _study(method, study, out, deadline, overrides or {})
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
+            write_text(out / "report.html", html.page(results))
+    html.print_claims(results)
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    return results
+
+
+def _study(
+    method: str, study: Study, out: pathlib.Path, deadline: float | None, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    def run(cell: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        workdir = out / "cells" / method / study.name / cell
+        finished = workdir / "results.json"
+        if not finished.exists() and deadline is not None and time.monotonic() > deadline:
+            raise OutOfTimeError(f"stopped by --budget before cell {cell}; run the same command again to go on")
+        config = cli.load_config(study.config, {**changes, **overrides})
+        console.print(f"[bold]{method}/{study.name}/{cell}[/bold]")
+        return {"workdir": str(workdir), **train.run(config, str(workdir), show=False)}
+
+    try:
+        arms = list(cli.load_config(study.config, overrides).arms)
+        return run_study(study, run, arms)
+    except UserError as error:
+        console.print(f"{method}/{study.name}: {error}", soft_wrap=True)
+        return {"config": study.config, "not_run": str(error)}
+
+
+if __name__ == "__main__":
+    cli.command(main)

@@ -1,0 +1,93 @@
+"""Two processes over the loopback compute what one does, write once, and stop together."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import toys
+
+STEPS = 300
+LIMIT = 120  # seconds
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def launch(workdir: pathlib.Path, *extra: list[str], devices: int) -> list[tuple[int, str]]:
+    """Runs one process for each list of arguments and returns their exit codes and standard errors."""
+    common = [sys.executable, toys.__file__, str(workdir), "--x64", "--steps", str(STEPS)]
+    common += ["--checkpoint-every", "200", "--devices", str(devices)]
+    if len(extra) > 1:
+        common += ["--processes", str(len(extra)), "--port", free_port()]
+    started = [
+        subprocess.Popen([*common, "--process", str(i), *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for i, args in enumerate(extra)
+    ]
+    try:
+        said = [process.communicate(timeout=LIMIT)[1].decode() for process in started]
+        return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+def final(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    with toys.x64():
+        return toys.final(workdir, "teacher")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    done = launch(workdir, [], [], devices=4)
+    assert [code for code, _ in done] == [0, 0], done
+    return workdir
+
+
+def test_two_processes_agree_with_one(two, tmp_path):
+    done = launch(tmp_path / "run", [], devices=8)
+    assert done[0][0] == 0, done
+    found, wanted = final(two), final(tmp_path / "run")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert value.dtype == np.float64
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
+    lines = [(workdir / "metrics.jsonl").read_text().splitlines() for workdir in (two, tmp_path / "run")]
+    for here, there in zip(*lines, strict=True):
+        here, there = json.loads(here), json.loads(there)
+        assert here["step"] == there["step"]
+        if "train" in here:
+            np.testing.assert_allclose(here["train"]["loss"], there["train"]["loss"], rtol=1e-9)
+
+
+def test_only_the_first_process_writes_and_speaks(two):
+    steps = [json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(7, STEPS, 7), STEPS, STEPS], "every window once, then the last one and the evaluation"
+    assert len(list((two / "tensorboard/00-teacher").iterdir())) == 1
+
+
+def test_sigterm_to_one_stops_both_and_the_restart_is_exact(two, tmp_path):
+    workdir = tmp_path / "run"
+    stopped = launch(workdir, [], ["--moment", "term:teacher-120"], devices=4)
+    assert [code for code, _ in stopped] == [1, 1], stopped
+    for _, said in stopped:
+        assert "Run the same command again to go on" in said
+    saved = max(int(path.name) for path in (workdir / "checkpoints/00-teacher").iterdir() if path.name.isdigit())
+    assert 120 <= saved < STEPS, "the request came at step 120"
+    done = launch(workdir, [], [], devices=4)
+    assert [code for code, _ in done] == [0, 0], done
+    assert f"resuming at step {saved}" in done[0][1]
+    assert "resuming" not in done[1][1]
+    found, wanted = final(workdir), final(two)
+    for name, value in wanted.items():
+        assert found[name].tobytes() == value.tobytes(), name
+    assert (workdir / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
