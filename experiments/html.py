@@ -75,7 +75,8 @@ def _arms(study: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         interval = "" if row["interval"] is None else "[{:.2f}, {:.2f}]".format(*row["interval"])
         cells = (rate, f"{row['mean']:.2f}", interval, f"{row['best_epoch_mean']:.2f}", row["seeds"])
         lines.append(f"<tr><td>{_text(name)}</td>" + "".join(f"<td class='n'>{_text(c)}</td>" for c in cells) + "</tr>")
-    head = "<tr><th>arm</th><th>tuned rate</th><th>last epoch</th><th>95 % interval</th><th>best epoch</th><th>seeds</th></tr>"
+    names = ("arm", "tuned rate", "last epoch", "95 % interval", "best epoch", "seeds")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f"<table><caption>Test accuracy, %</caption>{head}{''.join(lines)}</table>"
 
 

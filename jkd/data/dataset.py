@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from jkd.data.rows import ArrayRows, BlankRows, Batch, JoinedRows, Rows, check_arrays
+from jkd.data.rows import IN_MEMORY_BYTES, ArrayRows, Batch, BlankRows, JoinedRows, Rows, check_arrays
 from jkd.data.seeding import random_state
 from jkd.errors import UserError
 
@@ -167,8 +168,15 @@ def from_arrays(
 
 
 def blank(num_examples: int, shape: tuple[int, int, int], num_classes: int, name: str = "blank") -> Dataset:
-    """Stands in for a set that is not on this machine, where only shapes matter (plans): no image is stored."""
-    return Dataset(name, num_classes, shape, BlankRows(num_examples, shape), np.arange(num_examples, dtype=np.int32))
+    """Stands in for a set that is not on this machine, where only shapes matter (plans).
+
+    Black images with labels 0, 1, .. K-1, 0, ..; in memory where a real set of this size would be, and made on
+    reading where it would be streamed.
+    """
+    label = (np.arange(num_examples) % num_classes).astype(np.int32)
+    if num_examples * math.prod(shape) < IN_MEMORY_BYTES:
+        return from_arrays(np.zeros((num_examples, *shape), np.uint8), label, num_classes=num_classes, name=name)
+    return Dataset(name, num_classes, shape, BlankRows(label, shape), np.arange(num_examples, dtype=np.int32))
 
 
 def concat(datasets: Sequence[Dataset]) -> Dataset:

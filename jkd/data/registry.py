@@ -7,7 +7,7 @@ import numpy as np
 
 from jkd.data.dataset import Dataset, from_arrays
 from jkd.data.idx import has_idx, read_idx_split
-from jkd.data.rows import Rows
+from jkd.data.rows import IN_MEMORY_BYTES, Rows
 from jkd.errors import UserError, unknown
 
 BUNDLED = ("digits8x8", "mnist5k")
@@ -16,7 +16,6 @@ IDX = ("fashion_mnist", "kmnist", "mnist")
 FASHION_MNIST_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")
 IDX_HINTS = dict.fromkeys(IDX, " (Or give a data_dir that holds its four IDX files.)")
 IDX_HINTS["fashion_mnist"] += " (Debian has them: apt install dataset-fashion-mnist.)"
-IN_MEMORY_BYTES = 1_000_000_000
 
 
 def load(

@@ -12,6 +12,7 @@ import numpy as np
 from jkd.errors import UserError
 
 Batch = dict[str, np.ndarray]
+IN_MEMORY_BYTES = 1_000_000_000
 
 
 class Rows(abc.ABC):
@@ -68,22 +69,22 @@ class ArrayRows(Rows):
 
 
 class BlankRows(Rows):
-    """Black images of class 0, made when they are read: stand-ins of a set that is not on this machine."""
+    """Black images with balanced labels, made when they are read."""
 
-    def __init__(self, count: int, shape: tuple[int, int, int]):
-        self._count, self._shape = count, shape
+    def __init__(self, label: np.ndarray, shape: tuple[int, int, int]):
+        self._label, self._shape = label, shape
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._label)
 
     @property
     def labels(self) -> np.ndarray:
-        """Zeros."""
-        return np.zeros(self._count, np.int32)
+        """The class of every row."""
+        return self._label
 
     def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
-        """Black images, whatever `rows` are asked for."""
-        return {"image": np.zeros((len(rows), *self._shape), np.uint8), "label": np.zeros(len(rows), np.int32)}
+        """Black images and their labels."""
+        return {"image": np.zeros((len(rows), *self._shape), np.uint8), "label": self._label[rows]}
 
 
 class JoinedRows(Rows):

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkd.data.dataset import Dataset
-from jkd.data.registry import IN_MEMORY_BYTES
-from jkd.data.rows import ArrayRows
+from jkd.data.rows import IN_MEMORY_BYTES, ArrayRows
 from jkd.data.seeding import epoch_order, random_state
 from jkd.errors import UserError, unknown
 

@@ -72,8 +72,7 @@ def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> In
     batch, classes = logits.shape
     if jnp.shape(labels) != (batch,):
         raise UserError(
-            f"labels must have the shape [{batch}] (one for each row of logits), "
-            f"got {list(jnp.shape(labels))}."
+            f"labels must have the shape [{batch}] (one for each row of logits), got {list(jnp.shape(labels))}."
         )
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise UserError(f"labels must be integers, got {jnp.result_type(labels)}.")

@@ -16,9 +16,7 @@ from jkd.errors import UserError
 from jkd.reduction import reduce
 
 
-def energy_score(
-    logits: Float[Tensor, "*batch classes"], temperature: Scalar = 4.0
-) -> Float[Array, "*batch"]:
+def energy_score(logits: Float[Tensor, "*batch classes"], temperature: Scalar = 4.0) -> Float[Array, "*batch"]:
     """The energy of logits: the lower, the more certain the classifier.
 
         E = -T logsumexp(z / T),    -max z - T ln K <= E <= -max z,    dE/dz = -softmax(z / T)
@@ -54,9 +52,7 @@ def _check_rates(low_rate: float, high_rate: float) -> None:
         raise UserError(f"low_rate + high_rate must be at most 1, got {low_rate} + {high_rate}.")
 
 
-def energy_thresholds(
-    energies: Float[Tensor, "examples"], low_rate: float, high_rate: float
-) -> EnergyThresholds:
+def energy_thresholds(energies: Float[Tensor, "examples"], low_rate: float, high_rate: float) -> EnergyThresholds:
     """The two energies that cut off the most certain and the most uncertain part of a training set.
 
         e_low = e_(n_low),    e_high = e_(N - 1 - n_high),    n = int(N rate),    e_(0) <= ... <= e_(N - 1)

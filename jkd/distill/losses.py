@@ -85,9 +85,7 @@ class DKDTerms(NamedTuple):
     nckd: Float[Array, "batch"]
 
 
-def _split(
-    logits: Float[Array, "batch classes"], target: Bool[Array, "batch classes"]
-) -> tuple[Array, Array]:
+def _split(logits: Float[Array, "batch classes"], target: Bool[Array, "batch classes"]) -> tuple[Array, Array]:
     """Log-probabilities [batch, 2] of (target, rest), and [batch, classes] within the rest.
 
     The target's own entry of the second is 0 on both sides, hence 0 in any divergence.

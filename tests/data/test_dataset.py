@@ -136,5 +136,8 @@ def test_blank_sets_have_shapes_without_memory():
     assert isinstance(source, data.StreamSource)
     batch = source.batch(10**5)
     assert batch["image"].shape == (4, 224, 224, 3)
-    assert not batch["label"].any()
+    assert not np.asarray(batch["image"]).any()
     assert len(made) == 1_281_167
+    small = data.blank(100, (8, 8, 1), 10)
+    assert isinstance(data.source(small, 4, seed=0), data.MemorySource)
+    np.testing.assert_array_equal(np.bincount(small.labels), [10] * 10)

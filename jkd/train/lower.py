@@ -1,0 +1,115 @@
+"""Lowering the steps of a run for any mesh without running anything: what plans are made from."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jkd.train.ensemble import previous_of, stack
+from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, tree_shardings
+from jkd.train.passes import batch_axis
+from jkd.train.program import abstract, plan_stage, split_key, step_program
+from jkd.train.stage import Outcome, Stage, check_stages
+
+
+class LoweredStage(NamedTuple):
+    """The step program of one stage, ready to be compiled.
+
+    Attributes:
+      name: of the stage.
+      lowered: its step, for the mesh.
+      batch_size: of the global batch, all members of a vectorized ensemble counted; 0 without data.
+      programs: how often the loop calls the program in one step (the members of a looped ensemble).
+    """
+
+    name: str
+    lowered: Any
+    batch_size: int
+    programs: int
+
+
+def lower_stages(
+    stages: Sequence[Stage], mesh: Mesh, *, rules: Rules = DEFAULT_RULES, log_every: int = 50
+) -> Iterator[LoweredStage]:
+    """Lowers the step of every stage that has steps, exactly as `run` would jit it on this mesh.
+
+    Nothing is trained: earlier stages' outcomes and the rows of sweeps are zeros of the right shapes, and
+    `prepare` runs on them.
+    """
+    check_stages(stages)
+    outcomes: dict[str, Outcome] = {}
+    for stage in stages:
+        previous = {name: outcomes[name] for name in stage.needs}
+        key = jax.random.key(0) if stage.key is None else stage.key
+        consts = _zeros(jax.eval_shape(lambda x: x, _prepared(stage, key, previous)))
+        one_key, one_previous, one_consts = key, previous, consts
+        if stage.looped:
+            one_key, one_previous = key[0], previous_of(previous, 0, stage.members)
+            one_consts = jax.tree.map(lambda x: x[0], consts)
+        lowered, published = _lower(stage, one_key, one_previous, one_consts, mesh, rules, log_every)
+        if stage.looped:
+            published = _repeated(published, stage.members)
+        snapshots = dict.fromkeys(stage.snapshots, published)
+        outcomes[stage.name] = Outcome(published, snapshots, consts, {}, stage.members)
+        if lowered is not None:
+            yield lowered
+
+
+def _zeros(tree: Any) -> Any:
+    # Zeros that take no memory, however large a teacher is.
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+
+
+def _repeated(tree: Any, members: int) -> Any:
+    return jax.tree.map(lambda x: np.broadcast_to(x, (members, *x.shape)), tree)
+
+
+def _prepared(stage: Stage, key: jax.Array, previous: Mapping[str, Outcome]) -> Any:
+    prepare_key = split_key(key)[0]
+    if not stage.looped:
+        return stage.prepare(prepare_key, previous, _blank_sweep)
+    each = (previous_of(previous, k, stage.members) for k in range(stage.members))
+    return stack([stage.prepare(prepare_key[k], p, _blank_sweep) for k, p in enumerate(each)])
+
+
+def _blank_sweep(fn: Callable, args: Any, source: Any, key: jax.Array | None = None) -> Any:
+    batch = jax.eval_shape(source.assemble, abstract(source.resident), abstract(source.local(0)))
+    rows = jax.eval_shape(fn, args, batch, key)
+    full = source.num_examples // source.batch_size * source.batch_size
+    count = source.num_examples if source.seed is None else full
+    return jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), rows)
+
+
+def _lower(
+    stage: Stage, key: Any, previous: Any, consts: Any, mesh: Mesh, rules: Rules, log_every: int
+) -> tuple[LoweredStage | None, Any]:
+    _, init_key, step_key = split_key(key)
+    source = stage.data(consts)
+    plan = plan_stage(stage, source, init_key, previous, consts, mesh, rules, 1)
+    published = _zeros(jax.eval_shape(stage.publish, plan.carry.state))
+    if not stage.num_steps or stage.step is None:
+        return None, published
+    axis, assemble, images = 0, None, 0
+    if source is not None:
+        check_batch_size(source.batch_size, mesh)
+        axis, assemble = batch_axis(source), source.assemble
+        images = source.batch_size * (stage.members if stage.members and not stage.looped else 1)
+    whole = NamedSharding(mesh, P())
+    program = step_program(stage.step, assemble, axis, log_every, mesh, tuple(rules))
+    lowered = program.lower(
+        plan.carry,
+        plan.crossed,
+        _laid_out(abstract(consts), tree_shardings(consts, mesh, rules)),
+        plan.resident and _laid_out(plan.resident, jax.tree.map(lambda x: whole, plan.resident)),
+        jax.ShapeDtypeStruct(step_key.shape, step_key.dtype, sharding=whole),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    )
+    return LoweredStage(stage.name, lowered, images, stage.members if stage.looped else 1), published
+
+
+def _laid_out(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
