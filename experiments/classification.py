@@ -113,7 +113,8 @@ class Views:
 
 def make_views(config: ConfigDict) -> Views:
     """The views of a config's `data` section: shift, pad_crop and flip, in this order."""
-    c, steps = config.data, []
+    c = config.data
+    steps: list[Callable] = []
     if c.shift:
         steps.append(functools.partial(data.shift, max_shift=c.shift))
     if c.pad_crop:

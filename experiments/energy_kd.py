@@ -319,8 +319,8 @@ def arm_loss(arm: ConfigDict, steps_per_epoch: float) -> Callable:
     temperatures = {"t_low": arm.t_low, "t_mid": arm.t_mid, "t_high": arm.t_high}
     warm_up = optax.linear_schedule(0.0, 1.0, max(1, round(arm.warmup_epochs * steps_per_epoch)))
 
-    def limits(consts: Any) -> tuple[Any, Any]:
-        return consts["thresholds"]["low"], consts["thresholds"]["high"]
+    def limits(consts: Any) -> dict[str, Any]:
+        return {"e_low": consts["thresholds"]["low"], "e_high": consts["thresholds"]["high"]}
 
     def ce(student: Any, teacher: Any, labels: Any, consts: Any, t: Any) -> Any:
         return distill.cross_entropy(student, labels)
@@ -330,16 +330,16 @@ def arm_loss(arm: ConfigDict, steps_per_epoch: float) -> Callable:
         return arm.ce_weight * distill.cross_entropy(student, labels) + arm.kd_weight * soft
 
     def energy_kd(student: Any, teacher: Any, labels: Any, consts: Any, t: Any) -> Any:
-        weights = {"ce_weight": arm.ce_weight, "kd_weight": arm.kd_weight}
-        return distill.energy_kd_loss(student, teacher, labels, *limits(consts), **weights, **temperatures)
+        options = {"ce_weight": arm.ce_weight, "kd_weight": arm.kd_weight, **temperatures, **limits(consts)}
+        return distill.energy_kd_loss(student, teacher, labels, **options)
 
     def dkd(student: Any, teacher: Any, labels: Any, consts: Any, t: Any) -> Any:
         soft = distill.dkd_loss(student, teacher, labels, arm.temperature, alpha=arm.alpha, beta=arm.beta)
         return distill.cross_entropy(student, labels) + warm_up(t) * soft
 
     def energy_dkd(student: Any, teacher: Any, labels: Any, consts: Any, t: Any) -> Any:
-        weights = {"alpha": arm.alpha, "beta": arm.beta, "kd_scale": warm_up(t)}
-        return distill.energy_dkd_loss(student, teacher, labels, *limits(consts), **weights, **temperatures)
+        options = {"alpha": arm.alpha, "beta": arm.beta, "kd_scale": warm_up(t), **temperatures, **limits(consts)}
+        return distill.energy_dkd_loss(student, teacher, labels, **options)
 
     return {"ce": ce, "kd": kd, "energy_kd": energy_kd, "dkd": dkd, "energy_dkd": energy_dkd}[arm.loss]
 

@@ -59,12 +59,11 @@ def plan(config: Any, topology: str, slices: int = 1, only: str | None = None) -
     # A program for devices that are not here cannot be read back from the compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
     found, console = {}, Console(stderr=True)
-    for stage in lower_stages(stages, mesh, log_every=config.log_every):
-        if only in (None, stage.name):
-            made = report(_compile(stage), devices)
-            console.print(f"[bold]{stage.name}[/bold]: {stage.batch_size} images a step on {len(devices)} devices")
-            console.print(made.table())
-            found[stage.name] = (made, {"batch_size": stage.batch_size, "programs_per_step": stage.programs})
+    for stage in lower_stages(stages, mesh, only=only, log_every=config.log_every):
+        made = report(_compile(stage), devices)
+        console.print(f"[bold]{stage.name}[/bold]: {stage.batch_size} images a step on {len(devices)} devices")
+        console.print(made.table())
+        found[stage.name] = (made, {"batch_size": stage.batch_size, "programs_per_step": stage.programs})
     return found
 
 

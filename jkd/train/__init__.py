@@ -1,8 +1,10 @@
 """Stages, the sharded step, the loop, checkpoints and ensembles."""
 
 from jkd.train.ensemble import ensemble
-from jkd.train.loop import LoopOptions, NonFiniteError, load_outcome, run
+from jkd.train.finite import NonFiniteError
+from jkd.train.loop import LoopOptions, run
 from jkd.train.mesh import fsdp, jit_step, make_mesh, place, replicate, shard, tree_shardings
+from jkd.train.outcome import load_outcome
 from jkd.train.passes import evaluate, sweep
 from jkd.train.signals import Preempted
 from jkd.train.stage import Evaluator, Outcome, Stage

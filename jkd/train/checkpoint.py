@@ -96,6 +96,11 @@ def _encode(tree: Any, leaves: list[Any], where: str) -> Any:
     )
 
 
+def check_plain(tree: Any, where: str) -> None:
+    """Raises UserError unless `tree` (of shapes or arrays) is one that `save_plain` can write."""
+    _encode(jax.tree.map(lambda x: 0, tree), [], where)
+
+
 def _decode(code: Any, leaves: list[Any]) -> Any:
     ((kind, value),) = code.items()
     if kind == "array":

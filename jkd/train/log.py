@@ -79,7 +79,7 @@ class Meter:
         self._began = self._last = time.perf_counter()
         self._start = self._step = self._first = start
         self._stalled = 0.0
-        self._bar, self._task = None, None
+        self._bar: Progress | None = None
         if show and sys.stderr.isatty():
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=console)

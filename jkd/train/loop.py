@@ -1,11 +1,11 @@
 """The loop: runs a list of stages with checkpoints, logs, evaluation and exact resumption."""
 
 import dataclasses
-import json
+import functools
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,16 +17,15 @@ from jkd.errors import UserError
 from jkd.train import workdir as workdirs
 from jkd.train.checkpoint import Checkpoints, barrier, is_stored, load_meta, load_plain, remove_folder, save_plain
 from jkd.train.ensemble import member, previous_of, stack
+from jkd.train.finite import non_finite
 from jkd.train.log import Events, JsonLines, Meter, console, jsonable
-from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, cross, make_mesh, place, tree_shardings
+from jkd.train.member import Member
+from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
+from jkd.train.outcome import read_outcome
 from jkd.train.passes import Residents, batch_axis, evaluate, sweep
-from jkd.train.program import Carry, make_carry, plan_stage, split_key, step_program
+from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage, check_stages
-
-
-class NonFiniteError(UserError):
-    """A metric of a step was NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,68 +118,6 @@ def run(
     return results
 
 
-def load_outcome(
-    workdir: str | os.PathLike, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES
-) -> Outcome:
-    """Loads a finished stage's outcome by name, onto any mesh, without the code that made it."""
-    mesh = make_mesh() if mesh is None else mesh
-    found = sorted((epath.Path(workdir) / "stages").glob(f"[0-9][0-9]-{name}"))
-    if not found or not is_stored(found[0] / "outcome"):
-        raise UserError(f"{workdir} holds no finished stage {name!r}; finish its training first.")
-    return _load_outcome(found[0], mesh, rules)
-
-
-def _load_outcome(folder: epath.Path, mesh: Mesh, rules: Rules) -> Outcome:
-    published, info = load_plain(folder / "outcome", mesh=mesh, rules=rules)
-    consts, _ = load_plain(folder / "consts", mesh=mesh, rules=rules)
-    snapshots = {
-        int(path.name.split("-")[1]): load_plain(path, mesh=mesh, rules=rules)[0]
-        for path in sorted(folder.glob("snapshot-*"))
-        if is_stored(path)
-    }
-    numbers = {name: np.asarray(value) for name, value in info["metrics"].items()}
-    return Outcome(published, snapshots, consts, numbers, info["members"])
-
-
-class _Member:
-    """One program's worth of a stage: the whole stage, or one seed of a looped ensemble."""
-
-    def __init__(self, ctx: _Context, stage: Stage, key: jax.Array, previous: Mapping[str, Outcome], consts: Any):
-        self.consts, self.previous = consts, previous
-        _, self.init_key, self.step_key = split_key(key)
-        self.source = stage.data(consts)
-        if self.source is not None:
-            check_batch_size(self.source.batch_size, ctx.mesh)
-        self.resident = None if self.source is None else ctx.residents(self.source)
-        self.plan = plan_stage(
-            stage, self.source, self.init_key, previous, consts, ctx.mesh, ctx.rules, jax.process_count()
-        )
-        self.step_key = place(self.step_key, ctx.mesh)
-        self.carry: Any = None
-
-    def target(self) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.plan.carry,
-            self.plan.shardings,
-        )
-
-    def create(self, stage: Stage) -> None:
-        metrics = self.plan.carry.report.sums
-
-        def init(key: Any, previous: Any, consts: Any) -> Carry:
-            return make_carry(stage.init(key, previous, consts), metrics)
-
-        jitted = jax.jit(init, out_shardings=self.plan.shardings)
-        self.carry = jitted(self.init_key, self.previous, self.consts)
-
-    def crossings(self, start: int, stop: int) -> Iterator[Any]:
-        if self.source is None:
-            yield from (None for _ in range(start, stop))
-        else:
-            yield from self.source.iterate(start, stop, jax.process_index(), jax.process_count())
-
-
 class _StageRun:
     """One stage of a run, from whatever is on disk to its outcome."""
 
@@ -232,7 +169,7 @@ class _StageRun:
     def _previous(self) -> dict[str, Outcome]:
         names = [s.name for s in self.stages]
         folders = {n: workdirs.stage_folder(self.ctx.workdir, names.index(n), n) for n in self.stage.needs}
-        return {n: _load_outcome(f, self.ctx.mesh, self.ctx.rules) for n, f in folders.items()}
+        return {n: read_outcome(f, self.ctx.mesh, self.ctx.rules) for n, f in folders.items()}
 
     def _prepared(self, key: jax.Array, previous: Mapping[str, Outcome]) -> Any:
         # Always read back from disk, so that a first run and a resumed one see the same arrays.
@@ -247,12 +184,12 @@ class _StageRun:
             save_plain(folder, consts, {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
         return load_plain(folder, mesh=self.ctx.mesh, rules=self.ctx.rules)[0]
 
-    def _members(self, key: jax.Array, previous: Mapping[str, Outcome], consts: Any) -> list[_Member]:
+    def _members(self, key: jax.Array, previous: Mapping[str, Outcome], consts: Any) -> list[Member]:
         ctx, stage = self.ctx, self.stage
         if not stage.looped:
-            return [_Member(ctx, stage, key, previous, consts)]
+            return [Member(ctx, stage, key, previous, consts)]
         return [
-            _Member(
+            Member(
                 ctx,
                 stage,
                 key[k],
@@ -346,27 +283,12 @@ class _StageRun:
         return {n: v if self.stage.looped else v[0] for n, v in values.items()}
 
     def _check_finite(self, values: Any) -> None:
-        bad = values.bad_step[values.bad_step >= 0]
-        if not bad.size:
+        if not (values.bad_step >= 0).any():
             return
-        t = int(bad.min())
-        metrics = jsonable(self._by_member(values.bad))
-        names = [n for n, v in values.bad.items() if not np.isfinite(v[values.bad_step == t]).all()]
         last = ([0] + self.checkpoints.steps())[-1]
-        bundle = self.ctx.workdir / "debug" / f"{self.stage.name}-step-{t}"
-        if self.ctx.chief:
-            bundle.mkdir(parents=True, exist_ok=True)
-            info = {"stage": self.stage.name, "step": t, "metrics": metrics, "last_good_step": last}
-            workdirs.write_text(bundle / "info.json", json.dumps(info, indent=2) + "\n")
-            for k, m in enumerate(self.members):
-                if m.source is not None:
-                    arrays = jax.tree.map(np.asarray, m.source.batch(t))
-                    with (bundle / f"batch-{k}.npz").open("wb") as file:
-                        np.savez(file, **arrays)
-        raise NonFiniteError(
-            f"Stage {self.stage.name!r}, step {t}: {', '.join(names)} is not finite. The last good checkpoint is "
-            f"of step {last}; batch and metrics of the step are in {bundle}. Try a lower learning rate."
-        )
+        sources = [m.source for m in self.members]
+        bad = {n: v if self.stage.looped else v[0] for n, v in values.bad.items()}
+        raise non_finite(self.stage.name, values.bad_step, bad, sources, last, self.ctx.workdir)
 
     def _write(self, t: int, record: Mapping[str, Any]) -> None:
         if self.lines is not None:
@@ -442,10 +364,10 @@ class _StageRun:
             self._write(self.t, {"evaluation": found})
 
     def _evaluate_one(self, evaluator: Any, published: Any) -> Mapping[str, Any]:
-        rest = {"mesh": self.ctx.mesh, "residents": self.ctx.residents}
+        one = functools.partial(evaluate, evaluator, mesh=self.ctx.mesh, residents=self.ctx.residents)
         if not self.stage.looped:
-            return evaluate(evaluator, published, self.members[0].consts, **rest)
-        each = [evaluate(evaluator, member(published, k), m.consts, **rest) for k, m in enumerate(self.members)]
+            return one(published, self.members[0].consts)
+        each = [one(member(published, k), m.consts) for k, m in enumerate(self.members)]
         return {name: np.asarray([values[name] for values in each]) for name in each[0]}
 
     def _remember(self, found: Mapping[str, Any]) -> None:

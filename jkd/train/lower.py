@@ -33,16 +33,16 @@ class LoweredStage(NamedTuple):
 
 
 def lower_stages(
-    stages: Sequence[Stage], mesh: Mesh, *, rules: Rules = DEFAULT_RULES, log_every: int = 50
+    stages: Sequence[Stage], mesh: Mesh, *, only: str | None = None, rules: Rules = DEFAULT_RULES, log_every: int = 50
 ) -> Iterator[LoweredStage]:
-    """Lowers the step of every stage that has steps, exactly as `run` would jit it on this mesh.
+    """Lowers the step of every stage that has steps (or of one), exactly as `run` would jit it on this mesh.
 
     Nothing is trained: earlier stages' outcomes and the rows of sweeps are zeros of the right shapes, and
     `prepare` runs on them.
     """
     check_stages(stages)
     outcomes: dict[str, Outcome] = {}
-    for stage in stages:
+    for stage in _needed(stages, only):
         previous = {name: outcomes[name] for name in stage.needs}
         key = jax.random.key(0) if stage.key is None else stage.key
         consts = _zeros(jax.eval_shape(lambda x: x, _prepared(stage, key, previous)))
@@ -55,8 +55,16 @@ def lower_stages(
             published = _repeated(published, stage.members)
         snapshots = dict.fromkeys(stage.snapshots, published)
         outcomes[stage.name] = Outcome(published, snapshots, consts, {}, stage.members)
-        if lowered is not None:
+        if lowered is not None and only in (None, stage.name):
             yield lowered
+
+
+def _needed(stages: Sequence[Stage], only: str | None) -> list[Stage]:
+    wanted = {s.name for s in stages} if only is None else {only}
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted |= set(stage.needs)
+    return [s for s in stages if s.name in wanted]
 
 
 def _zeros(tree: Any) -> Any:

@@ -109,6 +109,13 @@ def _collect_program(collect: Callable, assemble: Callable, kind: str, size: int
     return jax.jit(one, out_shardings=whole), jax.jit(add, out_shardings=whole, donate_argnums=0)
 
 
+def evaluation_source(evaluator: Evaluator, consts: Any, mesh: Mesh) -> Any:
+    """The source of an evaluator, in order; UserError if the mesh cannot split its batches."""
+    source = evaluator.source(consts) if callable(evaluator.source) else evaluator.source
+    check_batch_size(source.batch_size, mesh)
+    return source.in_order()
+
+
 def evaluate(
     evaluator: Evaluator,
     published: Any,
@@ -122,9 +129,7 @@ def evaluate(
     The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
     compiles once.
     """
-    source = evaluator.source(consts) if callable(evaluator.source) else evaluator.source
-    source = source.in_order()
-    check_batch_size(source.batch_size, mesh)
+    source = evaluation_source(evaluator, consts, mesh)
     axis, size = batch_axis(source), source.batch_size
     program = _collect_program(evaluator.collect, source.assemble, evaluator.kind, size, mesh, axis)
     total, rows, sums = np.int32(source.num_examples), [], None

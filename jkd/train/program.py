@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jkd.errors import UserError
+from jkd.train.checkpoint import check_plain
 from jkd.train.mesh import Rules, jit_step, tree_shardings
-from jkd.train.passes import batch_axis
+from jkd.train.passes import batch_axis, evaluation_source
 from jkd.train.stage import Stage
 
 
@@ -83,6 +84,7 @@ def step_program(
     def program(carry: Carry, crossed: Any, consts: Any, resident: Any, key: Any, t: Any):
         batch = None if assemble is None else assemble(resident, crossed)
         state, metrics = step(_fold(key, t), carry.state, consts, batch, t)
+        metrics = jax.tree.map(jnp.asarray, metrics)
         report = _account(carry.report, metrics, t, log_every)
         return Carry(state, report), report
 
@@ -122,7 +124,7 @@ def check_metrics(stage: Stage, metrics: Any, source: Any) -> None:
 
 def check_state(stage: Stage, before: Any, after: Any) -> None:
     """Raises UserError unless a step returns a state of the same structure, shapes and dtypes."""
-    if jax.tree.structure(before) != jax.tree.structure(after):
+    if not jax.tree.structure(before) == jax.tree.structure(after):
         raise UserError(f"Stage {stage.name!r}: step returns a state of another structure than init.")
     for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
@@ -130,6 +132,16 @@ def check_state(stage: Stage, before: Any, after: Any) -> None:
                 f"Stage {stage.name!r}: step changes the state's {jax.tree_util.keystr(path)} from "
                 f"{old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}."
             )
+
+
+def check_evaluators(stage: Stage, state: Any, consts: Any, mesh: Mesh) -> None:
+    """Traces every `collect` abstractly, so that its mistakes show before the training and not after it."""
+    published = jax.eval_shape(stage.publish, state)
+    for evaluator in stage.evaluators.values():
+        source = evaluation_source(evaluator, consts, mesh)
+        batch = jax.eval_shape(source.assemble, abstract(source.resident), crossed_shapes(source, jax.process_count()))
+        mask = jax.ShapeDtypeStruct((source.batch_size,), jnp.bool_)
+        jax.eval_shape(evaluator.collect, published, consts, batch, mask)
 
 
 class Plan(NamedTuple):
@@ -157,5 +169,6 @@ def plan_stage(
         after, metrics = jax.eval_shape(stage.step, key, state, consts, batch, t)
         check_metrics(stage, metrics, source)
         check_state(stage, state, after)
+    check_plain(jax.eval_shape(stage.publish, state), f"Stage {stage.name!r}: publish")
     carry = jax.eval_shape(make_carry, state, metrics)
     return Plan(carry, crossed, consts, resident, tree_shardings(carry, mesh, rules))

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import sys
 
@@ -115,6 +116,32 @@ def final(workdir: str, name: str) -> dict[str, np.ndarray]:
     outcome = train.load_outcome(workdir, name)
     leaves = jax.tree.leaves_with_path((outcome.published, outcome.snapshots, outcome.consts))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    """The records of `metrics.jsonl`."""
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged(workdir: pathlib.Path, name: str) -> list[float]:
+    """The logged values of one metric of the steps, in order."""
+    return [record["train"][name] for record in lines(workdir) if "train" in record]
+
+
+@contextlib.contextmanager
+def compiled():
+    """Collects the names of all functions that are compiled inside."""
+    names: list[str] = []
+
+    def listen(event, seconds, **details):
+        if event.endswith("backend_compile_duration"):
+            names.append(details["fun_name"].removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @contextlib.contextmanager

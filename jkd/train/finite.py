@@ -1,0 +1,52 @@
+"""What happens when a metric is not finite: one line, and a bundle to look into."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jkd.errors import UserError
+from jkd.train.log import jsonable
+from jkd.train.workdir import write_text
+
+
+class NonFiniteError(UserError):
+    """A metric of a step was NaN or infinite."""
+
+
+def non_finite(
+    stage: str,
+    bad_step: np.ndarray,
+    metrics: Mapping[str, np.ndarray],
+    sources: Sequence[Any],
+    last_good: int,
+    workdir: epath.Path,
+) -> NonFiniteError:
+    """Writes `debug/STAGE-step-T` (metrics, batches, last good step) and makes the error that says so.
+
+    Args:
+      stage: the stage's name.
+      bad_step: the first bad step of each program, -1 where there is none.
+      metrics: of that step.
+      sources: of each program, None for a stage without data.
+      last_good: the step of the last checkpoint.
+      workdir: the run's folder.
+    """
+    t = int(bad_step[bad_step >= 0].min())
+    names = [name for name, value in metrics.items() if not np.isfinite(value).all()]
+    bundle = workdir / "debug" / f"{stage}-step-{t}"
+    if jax.process_index() == 0:
+        bundle.mkdir(parents=True, exist_ok=True)
+        info = {"stage": stage, "step": t, "metrics": jsonable(metrics), "last_good_step": last_good}
+        write_text(bundle / "info.json", json.dumps(info, indent=2) + "\n")
+        for k, source in enumerate(sources):
+            if source is not None:
+                with (bundle / f"batch-{k}.npz").open("wb") as file:
+                    np.savez(file, **jax.tree.map(np.asarray, source.batch(t)))
+    return NonFiniteError(
+        f"Stage {stage!r}, step {t}: {', '.join(names)} is not finite. The last good checkpoint is of step "
+        f"{last_good}; batch and metrics of the step are in {bundle}. Try a lower learning rate."
+    )
