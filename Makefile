@@ -18,7 +18,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.jkd-run  ## train on bundled data: from a fresh machine to a table and a plot
-	.venv/bin/python -m experiments.train --config configs/energy_kd.py --workdir runs/demo
+	.venv/bin/python -m experiments.train --config configs/energy_kd.py --workdir runs/demo --config.only=ce,kd,energy_kd
 
 test: .venv/.jkd-dev  ## the whole suite, with the slowest tests listed
 	.venv/bin/python -m pytest

@@ -1,6 +1,7 @@
 """Tables and plots of finished runs."""
 
 import io
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1
 
 def show(results: Mapping[str, Any], workdir: str) -> None:
     """Prints the table of a run and saves its plot beside it."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 100)
     for metric, rows in results["results"].items():
         console.print(table(rows, metric))
         path = epath.Path(workdir) / "plot.png"
@@ -48,19 +49,18 @@ def show(results: Mapping[str, Any], workdir: str) -> None:
 
 def table(rows: Mapping[str, Any], metric: str) -> Table:
     """Mean, 95 % interval and paired difference of every stage."""
+    pairs = [row["difference"]["to"] for row in rows.values() if row["difference"]]
     made = Table(title=f"{metric}, % (95 % intervals)")
-    for column, justify in (("stage", "left"), ("mean", "right"), ("interval", "right"), ("vs", "left")):
-        made.add_column(column, justify=justify)  # type: ignore[arg-type]
-    made.add_column("paired difference", justify="right")
-    made.add_column("p", justify="right")
-    made.add_column("best epoch", justify="right")
-    made.add_column("seeds", justify="right")
+    made.add_column("stage", no_wrap=True)
+    compared = f"minus {pairs[0]}, paired" if pairs else "difference"
+    for column in ("mean", "interval", compared, "p", "best epoch", "seeds"):
+        made.add_column(column, justify="right", no_wrap=column in ("mean", "interval", "p"))
     for name, row in rows.items():
-        pair, vs = row["difference"], ("", "", "")
+        pair, shown = row["difference"], ("", "")
         if pair is not None:
-            vs = (pair["to"], f"{pair['mean']:+.2f} {_range(pair['low'], pair['high'])}", f"{pair['p_value']:.3f}")
+            shown = (f"{pair['mean']:+.2f} {_range(pair['low'], pair['high'])}", f"{pair['p_value']:.3f}")
         interval = "" if row["interval"] is None else _range(*row["interval"])
-        made.add_row(name, f"{row['mean']:.2f}", interval, *vs, f"{row['best_epoch_mean']:.2f}", str(row["seeds"]))
+        made.add_row(name, f"{row['mean']:.2f}", interval, *shown, f"{row['best_epoch_mean']:.2f}", str(row["seeds"]))
     return made
 
 

@@ -20,7 +20,7 @@ class NonFiniteError(UserError):
 def non_finite(
     stage: str,
     bad_step: np.ndarray,
-    metrics: Mapping[str, np.ndarray],
+    metrics: Mapping[str, Any],
     sources: Sequence[Any],
     last_good: int,
     workdir: epath.Path,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jkd.train.mesh import check_batch_size, place
-from jkd.train.program import Carry, make_carry, plan_stage, split_key
+from jkd.train.program import Carry, check_evaluators, make_carry, plan_stage, split_key
 from jkd.train.stage import Outcome, Stage
 
 

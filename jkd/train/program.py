@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jkd.errors import UserError
-from jkd.train.checkpoint import check_plain
+from jkd.train.checkpoint import check_plain, is_key
 from jkd.train.mesh import Rules, jit_step, tree_shardings
 from jkd.train.passes import batch_axis, evaluation_source
 from jkd.train.stage import Stage
@@ -66,10 +66,15 @@ def _account(report: Report, metrics: Any, t: Any, log_every: int) -> Report:
     )
 
 
+def _strong(state: Any) -> Any:
+    # jnp.asarray(0.0) is weakly typed: a state that changes between weak and strong would compile twice.
+    return jax.tree.map(lambda x: x if is_key(x) else jax.lax.convert_element_type(x, jnp.result_type(x)), state)
+
+
 def make_carry(state: Any, metrics: Any) -> Carry:
     """The carry at step 0 for metrics of the given shapes."""
     zeros = {n: jnp.zeros(m.shape, jnp.promote_types(m.dtype, jnp.float32)) for n, m in metrics.items()}
-    return Carry(state, Report(zeros, jnp.int32(0), jnp.int32(-1), dict(zeros)))
+    return Carry(_strong(state), Report(zeros, jnp.int32(0), jnp.int32(-1), dict(zeros)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,7 +91,7 @@ def step_program(
         state, metrics = step(_fold(key, t), carry.state, consts, batch, t)
         metrics = jax.tree.map(jnp.asarray, metrics)
         report = _account(carry.report, metrics, t, log_every)
-        return Carry(state, report), report
+        return Carry(_strong(state), report), report
 
     return jit_step(program, mesh, rules=rules, batch_axis=axis)
 
@@ -124,7 +129,8 @@ def check_metrics(stage: Stage, metrics: Any, source: Any) -> None:
 
 def check_state(stage: Stage, before: Any, after: Any) -> None:
     """Raises UserError unless a step returns a state of the same structure, shapes and dtypes."""
-    if not jax.tree.structure(before) == jax.tree.structure(after):
+    structures = [jax.tree.structure(tree) for tree in (before, after)]
+    if structures[0] != structures[1]:  # type: ignore[operator]
         raise UserError(f"Stage {stage.name!r}: step returns a state of another structure than init.")
     for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
         if (old.shape, old.dtype) != (new.shape, new.dtype):

@@ -1,0 +1,34 @@
+"""The code in README.md runs as it stands, and what it names exists."""
+
+import pathlib
+import re
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_trains():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    first = names["loss_fn"](
+        names["nn"].init(names["student"], names["jax"].random.key(1), (28, 28, 1))["params"],
+        names["source"].batch(0),
+        names["jax"].random.key(0),
+    )
+    assert float(names["metrics"]["loss"]) < float(first)
+    assert np.isfinite(float(names["metrics"]["grad_norm"]))
+
+
+def test_links_and_commands_exist():
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for module in re.findall(r"python -m experiments\.(\w+)", README):
+        assert (ROOT / "experiments" / f"{module}.py").exists(), module
+    for config in re.findall(r"configs/\w+\.py", README):
+        assert (ROOT / config).exists(), config
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make ([\w-]+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile, target
