@@ -102,6 +102,7 @@ def smoke(config: ConfigDict) -> None:
     config.seeds, config.batch_size, config.eval_batch_size, config.log_every = 2, 16, 96, 1
     config.data.train_examples, config.data.validation_examples = 40, 48
     config.data.name, config.data.shape, config.data.num_examples = "digits8x8", (8, 8, 1), 1797
+    config.data.shift = 0  # compiling random shifts would take longer than all else
     config.eval_epochs = 0.0
     config.teacher.hidden, config.student.hidden = (16,), (8,)
     config.teacher.epochs = 0.8

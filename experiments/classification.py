@@ -12,9 +12,10 @@ import optax
 from ml_collections import ConfigDict
 
 from jkd import data, metrics, nn, train
-from jkd.errors import UserError
+from jkd.errors import UserError, unknown
 
 SPLIT_SEEDS = 2**31 - 1
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,51 @@ def build_model(config: ConfigDict, task: Task) -> Any:
     options = {"hidden": tuple(config.hidden)} if config.model == "mlp" else {}
     if config.model == "cnn":
         options = {"width": config.width}
+    if config.dtype not in DTYPES:
+        raise unknown("dtype", config.dtype, DTYPES)
     return nn.build(config.model, task.num_classes, dtype=jnp.dtype(config.dtype), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """What `experiments.predict` runs: `predictor(published, uint8[B, *shape]) -> {name: rows}`, traced.
+
+    Attributes:
+      fn: the call, for one member; its rows are "logits", "probabilities" and "pool".
+      shape: of one image.
+      variables: the shapes and dtypes of what the stage must have published.
+    """
+
+    fn: Callable[[Any, jax.Array], dict[str, jax.Array]]
+    shape: tuple[int, int, int]
+    variables: Any
+
+    def __call__(self, published: Any, images: jax.Array) -> dict[str, jax.Array]:
+        """Rows for the images."""
+        return self.fn(published, images)
+
+    def check(self, published: Any) -> None:
+        """Raises UserError unless stored variables are those of the model for images of this shape."""
+        if jax.tree.map(jnp.shape, published) != jax.tree.map(jnp.shape, self.variables):
+            raise UserError(
+                f"The stored model does not take images of shape {list(self.shape)}, which the config names: it was "
+                "trained on another data set. Leave data.blank out, so that the shape is read from that set."
+            )
+
+
+def classifier(model: Any, task: Task, views: Views) -> Predictor:
+    """The predictor of a classifier that publishes its variables."""
+
+    def predict(published: Any, images: jax.Array) -> dict[str, jax.Array]:
+        out = model.apply(published, views.plain(images), train=False)
+        return {
+            "logits": out.logits,
+            "probabilities": jax.nn.softmax(out.logits),
+            "pool": out.features["pool"],
+        }
+
+    variables = jax.eval_shape(lambda: nn.init(model, jax.random.key(0), task.shape))
+    return Predictor(predict, task.shape, variables)
 
 
 def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
@@ -174,5 +219,11 @@ def accuracy_evaluators(config: ConfigDict, task: Task, model: Any, views: Views
 
 
 def member_keys(config: ConfigDict) -> jax.Array:
-    """One key for each of the config's paired seeds; the same for all stages."""
+    """One key for each of the config's paired seeds; the same for all stages.
+
+    Raises:
+      UserError: if `seeds` is below 1, or `seed` is not in [0, 2^31).
+    """
+    if config.seeds < 1 or not 0 <= config.seed < 2**31:
+        raise UserError(f"seeds must be >= 1 and seed in [0, 2^31), got seeds={config.seeds}, seed={config.seed}.")
     return jax.random.split(jax.random.key(config.seed), config.seeds)

@@ -4,18 +4,20 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
+from etils import epath
 
 from jkd.errors import UserError, nearest, unknown
-from jkd.train.workdir import flatten
+from jkd.train.workdir import EXECUTION_FIELDS, flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,7 +65,51 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, A
             config.update_from_flattened_dict({name: _parse(value, known[name])})
         except (TypeError, ValueError, SyntaxError) as error:
             kind = type(known[name]).__name__
-            raise UserError(f"Config field {name!r} takes a {kind} like {known[name]!r}, got {value!r}.") from error
+            raise UserError(f"Config field {name!r} takes {kind} values like {known[name]!r}, got {value!r}.") from error
+
+
+def load_run(
+    workdir: str, overrides: Mapping[str, Any], allowed: Sequence[str] = ("eval_batch_size", "data.data_dir")
+) -> ml_collections.ConfigDict:
+    """Loads the config of the run in `workdir`; only `allowed` fields, `mesh` and `loop` may be overridden.
+
+    Raises:
+      UserError: if the folder is not one of a run, or for an override of what the run computed.
+    """
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        raise UserError(f"{workdir} is not the folder of a run: it holds no config.json.")
+    config = ml_collections.ConfigDict(_with_tuples(json.loads(file.read_text())))
+    if "method" not in config:
+        raise UserError(f"{workdir} is not a run of `python -m experiments.train`: its config.json names no method.")
+    changed = [n for n in overrides if n not in allowed and n.partition(".")[0] not in EXECUTION_FIELDS]
+    for name in sorted(set(changed) & set(flatten(config.to_dict()))):
+        raise UserError(
+            f"Config field {name!r} decided what this run computed and cannot be changed now; these can: "
+            f"{', '.join((*allowed, *(f'{field}.*' for field in EXECUTION_FIELDS)))}."
+        )
+    apply_overrides(config, overrides)
+    return config
+
+
+def _with_tuples(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: _with_tuples(value) for name, value in tree.items()}
+    return tuple(_with_tuples(item) for item in tree) if isinstance(tree, list) else tree
+
+
+def new_file(path: str) -> epath.Path:
+    """A path to write to.
+
+    Raises:
+      UserError: if it exists already, or its folder does not.
+    """
+    file = epath.Path(path)
+    if file.exists():
+        raise UserError(f"{path} exists already and is not overwritten; give another name, or remove it.")
+    if not file.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {file.parent}.")
+    return file
 
 
 def _parse(value: Any, like: Any) -> Any:
@@ -78,9 +124,14 @@ def _parse(value: Any, like: Any) -> Any:
     return float(parsed) if isinstance(like, float) and isinstance(parsed, int) else parsed
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}. Ask --help for the arguments.")
+
+
 def parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
     """The arguments that all commands share."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any field of the config is set by --config.NAME=VALUE, e.g. --config.arms.kd.lr=0.02."
@@ -141,6 +192,8 @@ def use_compilation_cache() -> None:
 
 def experiment(config: ml_collections.ConfigDict) -> ModuleType:
     """The module of the config's method."""
+    if importlib.util.find_spec(f"experiments.{config.method}") is None:
+        raise UserError(f"There is no method {config.method!r}: no experiments/{config.method}.py.")
     return importlib.import_module(f"experiments.{config.method}")
 
 

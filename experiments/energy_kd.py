@@ -19,17 +19,19 @@ from experiments import classification as cls
 from experiments import studies
 from jkd import data, distill, metrics, nn, train
 from jkd.errors import UserError, unknown
+from jkd.train.ensemble import member
 
 LOSSES = ("ce", "kd", "energy_kd", "dkd", "energy_dkd")
 MIXES = ("none", "high_energy", "all")
+MIXERS = ("cutmix", "mixup")
 TEACHERS = ("live", "cached")
 
 
 def stages(config: ConfigDict) -> list[train.Stage]:
     """The teacher and one student for each arm, each an ensemble over the paired seeds."""
     check(config)
-    setup = Setup.of(config)
     keys = cls.member_keys(config)
+    setup = Setup.of(config)
     seeds = functools.partial(train.ensemble, keys=keys, mode=config.ensemble)
     teacher = load_teacher(setup) if config.teacher.workdir else seeds(train_teacher(setup))
     return [teacher, *(seeds(student(setup, name)) for name in selected_arms(config))]
@@ -53,9 +55,16 @@ def check(config: ConfigDict) -> None:
             raise unknown(f"arms.{name}.loss", arm.loss, LOSSES)
         if arm.mix not in MIXES:
             raise unknown(f"arms.{name}.mix", arm.mix, MIXES)
+        if arm.mixer not in MIXERS:
+            raise unknown(f"arms.{name}.mixer", arm.mixer, MIXERS)
         for field in ("temperature", "t_low", "t_mid", "t_high"):
             if not arm[field] > 0:
                 raise UserError(f"arms.{name}.{field} must be > 0, got {arm[field]}.")
+        if min(arm.low_rate, arm.high_rate) < 0 or arm.low_rate + arm.high_rate > 1:
+            raise UserError(
+                f"arms.{name}.low_rate and high_rate must be >= 0 and add up to at most 1, "
+                f"got {arm.low_rate} and {arm.high_rate}."
+            )
         if arm.mix != "none" and config.teacher.source == "cached":
             raise UserError(f"arms.{name} mixes images, which cached logits do not cover: set teacher.source=live.")
 
@@ -105,6 +114,12 @@ class Setup:
         return {**accuracies, "groups": group_evaluator(self)}
 
 
+def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
+    """How the model that a stage publishes classifies images."""
+    setup = Setup.of(config)
+    return cls.classifier(setup.teacher if stage == "teacher" else setup.student, setup.task, setup.views)
+
+
 # --- the teacher ---
 
 
@@ -143,6 +158,8 @@ def load_teacher(setup: Setup) -> train.Stage:
     """A teacher from the finished run in `teacher.workdir`: one for all seeds, or one for each."""
     config = setup.config
     outcome = train.load_outcome(config.teacher.workdir, config.teacher.stage)
+    if outcome.members == 1:
+        outcome = dataclasses.replace(member(outcome, 0), members=0)
     shapes = jax.eval_shape(lambda: nn.init(setup.teacher, jax.random.key(0), setup.task.shape))
     check_teacher(outcome, shapes, config)
     return train.Stage(
@@ -156,7 +173,12 @@ def load_teacher(setup: Setup) -> train.Stage:
 
 
 def check_teacher(outcome: train.Outcome, shapes: Any, config: ConfigDict) -> None:
-    """Raises UserError unless a stored teacher is the model, and of the classes, that the config names."""
+    """Raises UserError unless a stored teacher is the model, and of the classes and seeds, that the config names."""
+    if outcome.members not in (0, config.seeds):
+        raise UserError(
+            f"The teacher in {config.teacher.workdir} has {outcome.members} seeds and the config seeds="
+            f"{config.seeds}: set seeds={outcome.members}, or give a teacher that was trained with seeds=1."
+        )
     stored = jax.tree.map(lambda x: x.shape[1:] if outcome.members else x.shape, outcome.published)
     wanted = jax.tree.map(lambda x: x.shape, shapes)
     if stored == wanted:

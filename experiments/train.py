@@ -12,7 +12,9 @@ from etils import epath
 
 from experiments import cli, report
 from jkd import train
+from jkd.errors import UserError
 from jkd.train.log import jsonable
+from jkd.train.mesh import check_batch_size
 from jkd.train.workdir import write_text
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -33,7 +35,12 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
     import jax
 
     module = cli.experiment(config)
+    if config.get("data", {}).get("blank"):
+        raise UserError("data.blank stands in for the data in plans only: there is nothing to train on.")
     mesh = train.make_mesh(**config.mesh)
+    for name in ("batch_size", "eval_batch_size"):  # before anything is written
+        if name in config:
+            check_batch_size(config[name], mesh, name)
     found = train.run(
         module.stages(config),
         workdir=workdir,

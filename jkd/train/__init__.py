@@ -4,7 +4,7 @@ from jkd.train.ensemble import ensemble
 from jkd.train.finite import NonFiniteError
 from jkd.train.loop import LoopOptions, run
 from jkd.train.mesh import fsdp, jit_step, make_mesh, place, replicate, shard, tree_shardings
-from jkd.train.outcome import load_outcome
+from jkd.train.outcome import evaluate_outcome, finished_stages, load_outcome
 from jkd.train.passes import evaluate, sweep
 from jkd.train.signals import Preempted
 from jkd.train.stage import Evaluator, Outcome, Stage
@@ -23,6 +23,8 @@ __all__ = [
     "create_state",
     "ensemble",
     "evaluate",
+    "evaluate_outcome",
+    "finished_stages",
     "fsdp",
     "jit_step",
     "load_outcome",

@@ -46,8 +46,8 @@ def ensemble(stage: Stage, keys: jax.Array, mode: str = "vmap") -> Stage:
         prepare=functools.partial(_prepare, stage),
         data=functools.partial(_data, stage, len(keys)),
         init=functools.partial(_init, stage, batched, len(keys)),
-        step=stage.step and functools.partial(_step, stage, batched, len(keys)),
-        publish=functools.partial(_publish, stage, batched, len(keys)),
+        step=stage.step and _lift(stage.step, batched, len(keys), (0, 0, 0, 0, None)),
+        publish=_lift(stage.publish, batched, len(keys), (0,)),
         evaluators={n: _evaluator(e, batched, len(keys)) for n, e in stage.evaluators.items()},
     )
 
@@ -121,18 +121,10 @@ def _init(stage: Stage, batched: Callable, members: int, keys: Any, previous: An
     return batched(init, members, (0, axes, 0))(keys, previous, consts)
 
 
-def _step(stage: Stage, batched: Callable, members: int, keys: Any, state: Any, consts: Any, batch: Any, t: Any):
-    return batched(stage.step, members, (0, 0, 0, 0, None))(keys, state, consts, batch, t)
-
-
-def _publish(stage: Stage, batched: Callable, members: int, state: Any) -> Any:
-    return batched(stage.publish, members, (0,))(state)
-
-
 @functools.lru_cache(maxsize=256)
-def _collect(collect: Callable, batched: Callable, members: int) -> Callable:
-    # Cached, so that stages with one collect function share its compiled program.
-    return lambda *args: batched(collect, members, (0, 0, 0, None))(*args)
+def _lift(fn: Callable, batched: Callable, members: int, in_axes: tuple) -> Callable:
+    # Cached, so that stages with one step, publish or collect function share its compiled program.
+    return batched(fn, members, in_axes)
 
 
 def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluator:
@@ -145,7 +137,7 @@ def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluat
             return _stacked_source(evaluator.source, members, consts)
         return StackedSource([evaluator.source] * members)
 
-    collect = _collect(evaluator.collect, batched, members)
+    collect = _lift(evaluator.collect, batched, members, (0, 0, 0, None))
     return dataclasses.replace(evaluator, source=source, collect=collect, finish=finish)
 
 

@@ -1,7 +1,6 @@
 """The loop: runs a list of stages with checkpoints, logs, evaluation and exact resumption."""
 
 import dataclasses
-import functools
 import os
 import time
 import zlib
@@ -22,7 +21,7 @@ from jkd.train.log import Events, JsonLines, Meter, console, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import read_outcome
-from jkd.train.passes import Residents, batch_axis, evaluate, sweep
+from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members, sweep
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage, check_stages
@@ -242,6 +241,7 @@ class _StageRun:
         assert stage.step is not None
         program = step_program(stage.step, assemble, axis, ctx.log_every, ctx.mesh, tuple(ctx.rules))
         streams = [m.crossings(self.t, stage.num_steps) for m in self.members]
+        call = None
         try:
             while self.t < stage.num_steps:
                 self._stop_if_asked()
@@ -252,7 +252,9 @@ class _StageRun:
                 reports = []
                 for m, rows in zip(self.members, crossed, strict=True):
                     rows = rows if rows is None else cross(rows, ctx.mesh, axis)
-                    m.carry, report = program(m.carry, rows, m.consts, m.resident, m.step_key, t)
+                    args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
+                    call = call or program.jitted(*args)
+                    m.carry, report = call(*args)
                     reports.append(report)
                 self.t += 1
                 self._settle()
@@ -364,11 +366,11 @@ class _StageRun:
             self._write(self.t, {"evaluation": found})
 
     def _evaluate_one(self, evaluator: Any, published: Any) -> Mapping[str, Any]:
-        one = functools.partial(evaluate, evaluator, mesh=self.ctx.mesh, residents=self.ctx.residents)
-        if not self.stage.looped:
-            return one(published, self.members[0].consts)
-        each = [one(member(published, k), m.consts) for k, m in enumerate(self.members)]
-        return {name: np.asarray([values[name] for values in each]) for name in each[0]}
+        mesh, residents = self.ctx.mesh, self.ctx.residents
+        if self.stage.looped:
+            consts = [m.consts for m in self.members]
+            return evaluate_members(evaluator, published, consts, mesh=mesh, residents=residents)
+        return evaluate(evaluator, published, self.members[0].consts, mesh=mesh, residents=residents)
 
     def _remember(self, found: Mapping[str, Any]) -> None:
         self.metrics.update(found)

@@ -120,12 +120,12 @@ def batch_sharding(mesh: Mesh, leaf: Any, batch_axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * batch_axis, BATCH_AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Raises UserError unless the mesh can split a global batch of this size evenly."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
+    if batch_size < 1 or batch_size % ways:
         raise UserError(
-            f"batch_size {batch_size} is not divisible by the {ways} devices that share a batch "
+            f"{name} {batch_size} is not divisible by the {ways} devices that share a batch "
             f"(slice x data x fsdp); use a multiple of {ways}, or a smaller mesh.data."
         )
 
@@ -164,42 +164,55 @@ class jit_step:
 
         step = jit_step(make_train_step(loss_fn, optax.sgd(0.1)), make_mesh())
         state, metrics = step(state, batch, key)
+
+    A state that does not lie on the mesh yet is copied there, so the arrays it was made from stay usable; one that
+    does, such as the state that the step returned, is donated: its arrays are gone after the call. With
+    `donate=False` they stay, at the price of a second state in memory.
     """
 
     def __init__(
-        self,
-        fn: Callable,
-        mesh: Mesh,
-        *,
-        rules: Rules = DEFAULT_RULES,
-        batch_axis: int = 0,
-        donate: bool = True,
+        self, fn: Callable, mesh: Mesh, *, rules: Rules = DEFAULT_RULES, batch_axis: int = 0, donate: bool = True
     ):
         self._fn, self._mesh, self._rules = fn, mesh, rules
         self._batch_axis, self._donate = batch_axis, donate
-        self._jitted: dict[Any, Any] = {}
+        self._made: dict[Any, tuple[Any, Any]] = {}
 
-    def _jit(self, state: Any, batch: Any, rest: tuple) -> Any:
+    def _make(self, state: Any, batch: Any, rest: tuple) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten((state, batch))
-        cached = (treedef, tuple(np.shape(x) for x in leaves), len(rest))
-        if cached not in self._jitted:
+        kind = (treedef, tuple(np.shape(x) for x in leaves), len(rest))
+        if kind not in self._made:
             for leaf in jax.tree.leaves(batch):
                 if np.ndim(leaf) > self._batch_axis:
                     check_batch_size(np.shape(leaf)[self._batch_axis], self._mesh)
             states = tree_shardings(state, self._mesh, self._rules)
             batches = jax.tree.map(lambda x: batch_sharding(self._mesh, x, self._batch_axis), batch)
-            self._jitted[cached] = jax.jit(
+            jitted = jax.jit(
                 self._fn,
                 in_shardings=(states, batches) + (None,) * len(rest),
                 out_shardings=(states, NamedSharding(self._mesh, P())),
                 donate_argnums=(0,) if self._donate else (),
             )
-        return self._jitted[cached]
+            self._made[kind] = jitted, states
+        return self._made[kind]
+
+    def jitted(self, state: Any, batch: Any, *rest: Any) -> Any:
+        """The jitted function for arguments of these shapes, for loops that call it many times.
+
+        The state it is given must lie on the mesh.
+        """
+        return self._make(state, batch, rest)[0]
 
     def __call__(self, state: Any, batch: Any, *rest: Any) -> tuple[Any, Any]:
         """One step on global arrays."""
-        return self._jit(state, batch, rest)(state, batch, *rest)
+        jitted, shardings = self._make(state, batch, rest)
+        return jitted(jax.tree.map(_copied_unless_there, state, shardings), batch, *rest)
 
     def lower(self, state: Any, batch: Any, *rest: Any) -> Any:
         """Lowers without running; arguments may be `jax.ShapeDtypeStruct`s."""
-        return self._jit(state, batch, rest).lower(state, batch, *rest)
+        return self.jitted(state, batch, *rest).lower(state, batch, *rest)
+
+
+def _copied_unless_there(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
+    return jax.device_put(leaf, sharding, may_alias=False)

@@ -1,26 +1,61 @@
 """Outcomes of finished stages, read back onto any mesh."""
 
 import os
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from jkd.errors import UserError
+from jkd.errors import UserError, nearest
 from jkd.train.checkpoint import is_stored, load_plain
-from jkd.train.mesh import DEFAULT_RULES, Rules, make_mesh
-from jkd.train.stage import Outcome
+from jkd.train.ensemble import member
+from jkd.train.mesh import DEFAULT_RULES, Rules, make_mesh, place
+from jkd.train.passes import Residents, evaluate, evaluate_members
+from jkd.train.stage import Outcome, Stage
 
 
 def load_outcome(
     workdir: str | os.PathLike, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES
 ) -> Outcome:
     """Loads a finished stage's outcome by name, onto any mesh, without the code that made it."""
+    folders = finished_stages(workdir)
+    if name not in folders:
+        raise UserError(
+            f"{workdir} holds no finished stage {name!r}; finish its training first.{nearest(name, folders)} "
+            f"Finished: {', '.join(folders) or 'none'}."
+        )
+    return read_outcome(folders[name], make_mesh() if mesh is None else mesh, rules)
+
+
+def finished_stages(workdir: str | os.PathLike) -> dict[str, epath.Path]:
+    """The folders of a run's finished stages by name, in the order of the run."""
+    folders = sorted((epath.Path(workdir) / "stages").glob("[0-9][0-9]-*"))
+    return {folder.name[3:]: folder for folder in folders if is_stored(folder / "outcome")}
+
+
+def evaluate_outcome(
+    stage: Stage, outcome: Outcome, *, mesh: Mesh | None = None, residents: Residents | None = None
+) -> dict[str, Any]:
+    """Runs all evaluators of a stage on its outcome: `{evaluator/name: value}`, as at the end of its training.
+
+    Args:
+      stage: as it was trained; its step is not run.
+      outcome: of `load_outcome`, on `mesh`.
+      mesh: by default all devices on the data axis.
+      residents: device copies of data to share between several calls.
+    """
     mesh = make_mesh() if mesh is None else mesh
-    found = sorted((epath.Path(workdir) / "stages").glob(f"[0-9][0-9]-{name}"))
-    if not found or not is_stored(found[0] / "outcome"):
-        raise UserError(f"{workdir} holds no finished stage {name!r}; finish its training first.")
-    return read_outcome(found[0], mesh, rules)
+    residents = residents or Residents(mesh)
+    found: dict[str, Any] = {}
+    for name, evaluator in stage.evaluators.items():
+        if stage.looped:
+            consts = [place(member(outcome.consts, k), mesh) for k in range(stage.members)]
+            values = evaluate_members(evaluator, outcome.published, consts, mesh=mesh, residents=residents)
+        else:
+            values = evaluate(evaluator, outcome.published, outcome.consts, mesh=mesh, residents=residents)
+        found |= {f"{name}/{metric}": value for metric, value in values.items()}
+    return found
 
 
 def read_outcome(folder: epath.Path, mesh: Mesh, rules: Rules) -> Outcome:

@@ -1,7 +1,7 @@
 """Passes over a whole source: sweeps that prepare a stage, and evaluations."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jkd.errors import UserError
+from jkd.train.ensemble import member
 from jkd.train.mesh import (
     DEFAULT_RULES,
     Rules,
@@ -146,3 +147,16 @@ def evaluate(
     if evaluator.kind == "gather":
         return evaluator.finish(jax.tree.map(lambda *xs: np.concatenate(xs, axis=axis), *rows))
     return evaluator.finish(jax.device_get(sums))
+
+
+def evaluate_members(
+    evaluator: Evaluator, published: Any, consts: Sequence[Any], *, mesh: Mesh, residents: Residents
+) -> Mapping[str, Any]:
+    """Runs one evaluator on every member of a looped ensemble: metrics of shape [members].
+
+    `published` has a leading axis of members; `consts` holds each member's own.
+    """
+    each = [
+        evaluate(evaluator, member(published, k), own, mesh=mesh, residents=residents) for k, own in enumerate(consts)
+    ]
+    return {name: np.asarray([values[name] for values in each]) for name in each[0]}

@@ -56,7 +56,9 @@ def test_students_share_a_teacher_and_see_exactly_their_needs(tmp_path):
     assert outcome.metrics == {"train/accuracy": results["teacher"]["metrics"]["train/accuracy"]}
     assert set(outcome.snapshots) == {5, 20}
     jax.tree.map(np.testing.assert_array_equal, outcome.snapshots[20], outcome.published)
-    assert np.abs(outcome.snapshots[5]["params"]["head"]["bias"] - outcome.published["params"]["head"]["bias"]).max() > 0
+    assert (
+        np.abs(outcome.snapshots[5]["params"]["head"]["bias"] - outcome.published["params"]["head"]["bias"]).max() > 0
+    )
     finals = [toys.final(tmp_path, f"student-{i}") for i in range(2)]
     for name in finals[0]:
         if "kernel" in name and name.startswith("[0]"):
@@ -204,7 +206,9 @@ def test_gathered_rows_are_exact_in_order_and_without_padding(count, tmp_path):
 
     subset = toys.DIGITS.subset(np.random.RandomState(0).permutation(256)[:83])
     evaluator = train.Evaluator(data.MemorySource(subset, 24, seed=5), collect, finish, kind="gather")
-    results = go([counter(evaluators={"all": evaluator})], tmp_path, mesh=train.make_mesh(devices=jax.devices()[:count]))
+    results = go(
+        [counter(evaluators={"all": evaluator})], tmp_path, mesh=train.make_mesh(devices=jax.devices()[:count])
+    )
     assert results["count"]["metrics"] == {"all/rows": 83}
     (rows,) = gathered
     np.testing.assert_array_equal(rows["index"], subset.indices)

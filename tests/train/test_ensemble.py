@@ -35,11 +35,11 @@ def draw_split(key, previous, sweep):
 
 
 def own_part(consts):
-    return data.MemorySource(toys.DIGITS.subset(consts["order"][:SUBSET]), 16, seed=3)
+    return data.MemorySource(toys.DIGITS.subset(np.asarray(consts["order"])[:SUBSET]), 16, seed=3)
 
 
 def left_out(consts):
-    return data.MemorySource(toys.DIGITS.subset(consts["order"][SUBSET:]), 48)
+    return data.MemorySource(toys.DIGITS.subset(np.asarray(consts["order"])[SUBSET:]), 48)
 
 
 def collect_rows(published, consts, batch, mask):
@@ -57,9 +57,7 @@ def teacher() -> train.Stage:
         "held": train.Evaluator(left_out, toys.collect_correct, toys.finish_correct),
         "rows": train.Evaluator(left_out, collect_rows, finish_rows, kind="gather"),
     }
-    return toys.classifier(
-        num_steps=12, prepare=draw_split, data=own_part, evaluators=evaluators, snapshots=(6,)
-    )
+    return toys.classifier(num_steps=12, prepare=draw_split, data=own_part, evaluators=evaluators, snapshots=(6,))
 
 
 def student(name="student") -> train.Stage:
@@ -205,11 +203,18 @@ def test_numbers_of_members_must_agree(mode, tmp_path):
         go(stages, tmp_path)
 
 
-def test_a_single_stage_cannot_need_an_ensemble_unknowingly(tmp_path):
-    # It sees all members: a leading axis.
-    stages = [train.ensemble(toys.classifier(num_steps=0, evaluators={}), KEYS), toys.classifier(
-        "mean", 0, needs=("teacher",), evaluators={}, publish=lambda state: state,
-        init=lambda key, previous, consts: previous["teacher"].published["params"]["head"]["kernel"].mean(0))]
+def test_a_single_stage_sees_all_members_of_an_ensemble(tmp_path):
+    stages = [
+        train.ensemble(toys.classifier(num_steps=0, evaluators={}), KEYS),
+        toys.classifier(
+            "mean",
+            0,
+            needs=("teacher",),
+            evaluators={},
+            publish=lambda state: state,
+            init=lambda key, previous, consts: previous["teacher"].published["params"]["head"]["kernel"].mean(0),
+        ),
+    ]
     go(stages, tmp_path)
     kernels = train.load_outcome(tmp_path, "teacher").published["params"]["head"]["kernel"]
     np.testing.assert_allclose(train.load_outcome(tmp_path, "mean").published, kernels.mean(0), rtol=1e-6)
@@ -220,5 +225,7 @@ def test_sources_of_members_must_have_one_size(tmp_path):
         return data.MemorySource(toys.DIGITS.take(32 + int(consts["order"][0])), 16, seed=0)
 
     stage = toys.classifier(prepare=draw_split, data=uneven, evaluators={})
-    with pytest.raises(UserError, match="members of an ensemble need sources of one size: .* examples in batches of 16"):
+    with pytest.raises(
+        UserError, match="members of an ensemble need sources of one size: .* examples in batches of 16"
+    ):
         go([train.ensemble(stage, KEYS)], tmp_path)

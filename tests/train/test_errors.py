@@ -103,7 +103,10 @@ def with_bias(state, bias):
     [
         (lambda state, metrics: (state, metrics["loss"]), "step must return a dict of metrics, got "),
         (lambda state, metrics: (state, metrics | {"rows": jnp.zeros(3)}), r"metric 'rows' must be a scalar, .*\(3,\)"),
-        (lambda state, metrics: (with_bias(state, lambda x: x[None]), metrics), r"head'?\]?.*float32\[4\] to .*\[1, 4\]"),
+        (
+            lambda state, metrics: (with_bias(state, lambda x: x[None]), metrics),
+            r"head'?\]?.*float32\[4\] to .*\[1, 4\]",
+        ),
         (
             lambda state, metrics: (with_bias(state, lambda x: x.astype(jnp.bfloat16)), metrics),
             r"bias.*from float32\[4\] to bfloat16\[4\]",

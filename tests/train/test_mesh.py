@@ -73,8 +73,10 @@ def test_optimizer_state_follows_the_parameters():
     variables = {"params": {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(3)}}
     state = train.create_state(variables, optax.adam(0.1))
     rules = (("kernel", train.shard(0, "fsdp")),)
-    found = {jax.tree_util.keystr(p): s.spec for p, s in jax.tree.leaves_with_path(train.tree_shardings(
-        state, mesh(8, 4), rules))}
+    found = {
+        jax.tree_util.keystr(p): s.spec
+        for p, s in jax.tree.leaves_with_path(train.tree_shardings(state, mesh(8, 4), rules))
+    }
     assert sum(spec == P("fsdp") for spec in found.values()) == 3, "the kernel and its two moments"
     assert all(("kernel" in name) == (spec == P("fsdp")) for name, spec in found.items())
 
@@ -128,6 +130,21 @@ def test_state_is_donated(donate):
     state = new_state(mesh(1))
     step(state, batch(), jax.random.key(1))
     assert [x.is_deleted() for x in jax.tree.leaves(state.params)] == [donate] * 4
+
+
+def test_a_state_from_elsewhere_is_copied_and_compiled_for_once():
+    traces = []
+
+    def step(state, batch, key):
+        traces.append(1)
+        return simple_step(state, batch, key)
+
+    jitted, state = train.jit_step(step, mesh(1)), new_state()
+    after, _ = jitted(state, batch(), jax.random.key(1))
+    jitted(after, batch(), jax.random.key(1))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+    assert all(x.is_deleted() for x in jax.tree.leaves(after.params))
+    assert len(traces) == 1
 
 
 def test_lower_takes_shapes_only():

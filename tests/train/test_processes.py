@@ -29,9 +29,7 @@ def launch(workdir: pathlib.Path, *extra: list[str], devices: int, steps: int = 
         common += ["--processes", str(len(extra)), "--port", free_port()]
     cached = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": cached}
-    started = [
-        subprocess.Popen([*common, "--process", str(i), *args], **quiet) for i, args in enumerate(extra)
-    ]
+    started = [subprocess.Popen([*common, "--process", str(i), *args], **quiet) for i, args in enumerate(extra)]
     try:
         said = [process.communicate(timeout=LIMIT)[1].decode() for process in started]
         return [(process.returncode, text) for process, text in zip(started, said, strict=True)]

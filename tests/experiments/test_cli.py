@@ -1,0 +1,179 @@
+"""Mistakes end a command with one line that names the fix, before anything is compiled or written."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from helpers_experiments import QUIET, SMOKE, listing
+
+from experiments import cli, train
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+# What follows --config FILE --workdir DIR, and what the line must say.
+MISTAKES = [
+    ("arms.kd.temprature=3", "Unknown config field 'arms.kd.temprature'. Did you mean 'arms.kd.temperature'?"),
+    ("batchsize=8", "Unknown config field 'batchsize'. Did you mean 'batch_size'?"),
+    ("seeds=two", "Config field 'seeds' takes int values like 2, got 'two'."),
+    ("seeds=2.5", "Config field 'seeds' takes int values like 2, got '2.5'."),
+    ("data.flip=maybe", "Config field 'data.flip' takes bool values like False, got 'maybe'."),
+    ("arms.kd.lr=fast", "Config field 'arms.kd.lr' takes float values like 0.01, got 'fast'."),
+    ("student.hidden=8,x", "Config field 'student.hidden' takes tuple values like (8,), got '8,x'."),
+    ("seeds=0", "seeds must be >= 1"),
+    ("seed=-1", "seed in [0, 2^31), got seeds=2, seed=-1."),
+    ("only=kd,enrgy_kd", "Unknown arm in config.only 'enrgy_kd'. Did you mean 'energy_kd'?"),
+    ("arms.kd.loss=energykd", "Unknown arms.kd.loss 'energykd'. Did you mean 'energy_kd'?"),
+    ("arms.kd.mix=high_energ", "Unknown arms.kd.mix 'high_energ'. Did you mean 'high_energy'?"),
+    ("arms.kd.mixer=cutmixup", "Unknown arms.kd.mixer 'cutmixup'. Did you mean 'cutmix'?"),
+    ("arms.kd.temperature=0", "arms.kd.temperature must be > 0, got 0.0."),
+    ("arms.energy_kd.t_low=-1", "arms.energy_kd.t_low must be > 0, got -1.0."),
+    ("arms.energy_kd.low_rate=0.8", "low_rate and high_rate must be >= 0 and add up to at most 1, got 0.8 and 0.3."),
+    ("teacher.source=cache", "Unknown teacher.source 'cache'. Did you mean 'cached'?"),
+    ("teacher.source=cached", "arms.kd_cutmix mixes images, which cached logits do not cover"),
+    ("teacher.workdir=/nowhere", "/nowhere holds no finished stage 'teacher'"),
+    ("teacher.schedule=cosin", "schedule must be 'cosine' or 'steps', got 'cosin'."),
+    ("student.model=resnet21", "Unknown model 'resnet21'. Did you mean 'resnet"),
+    ("student.dtype=float31", "Unknown dtype 'float31'. Did you mean 'float32'?"),
+    ("ensemble=vmapp", "Unknown ensemble mode 'vmapp'. Did you mean 'vmap'?"),
+    ("batch_size=12", "batch_size 12 is not divisible by the 8 devices that share a batch"),
+    ("eval_batch_size=100", "eval_batch_size 100 is not divisible by the 8 devices"),
+    ("batch_size=0", "batch_size 0 is not divisible by the 8 devices"),
+    ("mesh.data=3", "The mesh slice=1 x data=3 x fsdp=1 x tensor=1 needs 3 devices, but there are 8."),
+    ("log_every=0", "log_every must be >= 1 steps, got 0."),
+    ("data.name=digits8x9", "Unknown data set 'digits8x9'. Did you mean 'digits8x8'?"),
+    ("data.train_split=tran", "Unknown split 'tran'. Did you mean 'train'?"),
+    ("data.train_examples=2000", "must leave both parts of 'digits8x8' (1749 examples) non-empty, got 2000."),
+    ("data.blank=true", "data.blank stands in for the data in plans only"),
+]
+
+
+@pytest.mark.parametrize(("override", "says"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistaken_field_is_one_line(override, says, refused, untouched):
+    workdir = untouched() / "new" / "run"
+    assert says in refused(train.main, "--config", SMOKE, "--workdir", workdir, f"--config.{override}")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("configs/enrgy_kd.py", "Unknown config 'configs/enrgy_kd.py'. Did you mean 'configs/energy_kd.py'?"),
+        (f"{SMOKE}y", "Unknown variant of configs/energy_kd.py 'smokey'. Did you mean 'smoke'?"),
+    ],
+)
+def test_unknown_configs(config, says, refused, untouched):
+    assert says in refused(train.main, "--config", config, "--workdir", untouched() / "run")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--workdirs=x"], "Unknown argument '--workdirs=x'."),
+        (["--config.seeds"], "Unknown argument '--config.seeds'."),
+        (["seeds=3"], "Fields are set as --config.NAME=VALUE."),
+        (["--num-processes=two"], "Argument --num-processes: invalid int value: 'two'."),
+    ],
+)
+def test_unknown_arguments(argv, says, refused, untouched):
+    assert says in refused(train.main, "--config", SMOKE, "--workdir", untouched() / "run", *argv)
+
+
+def test_missing_arguments(refused):
+    assert "The following arguments are required: --config, --workdir." in refused(train.main)
+
+
+def test_workdirs_that_cannot_be_used(refused, untouched, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    untouched()
+    cases = {
+        tmp_path / "file" / "run": f"The workdir {tmp_path / 'file' / 'run'} cannot be written: ",
+        tmp_path / "file": f"The workdir {tmp_path / 'file'} is a file; give a folder.",
+        tmp_path / "full": f"The workdir {tmp_path / 'full'} is not empty and holds no config.json of a run",
+    }
+    for workdir, says in cases.items():
+        assert says in refused(train.main, "--config", SMOKE, "--workdir", workdir)
+
+
+def test_a_workdir_of_another_config(smoke, refused):
+    workdir, _ = smoke
+    before = listing(workdir)
+    line = refused(train.main, "--config", SMOKE, "--workdir", workdir, "--config.arms.kd.lr=0.02")
+    assert f"The workdir {workdir} belongs to another config: arms.kd.lr was 0.01 and is 0.02. Give the config" in line
+    assert listing(workdir) == before
+
+
+def test_data_that_is_not_array_record(prepared, refused, untouched, tmp_path):
+    at = ("--config.data.train_split=train", f"--config.data.data_dir={tmp_path}")
+    line = refused(train.main, "--config", SMOKE, "--workdir", tmp_path / "run", *at, "--config.data.name=cifar10")
+    assert f"tfds build cifar10 --file_format=array_record --data_dir={tmp_path}" in line
+    folder = tmp_path / "tiny" / "1.0.0"
+    folder.mkdir(parents=True)
+    for file in (prepared / "tiny" / "1.0.0").iterdir():
+        (folder / file.name.replace("array_record", "tfrecord")).write_bytes(file.read_bytes())
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    untouched()
+    line = refused(train.main, "--config", SMOKE, "--workdir", tmp_path / "run", *at, "--config.data.name=tiny")
+    assert "is stored as tfrecord only, which needs TensorFlow to read. Convert it once" in line
+    assert f"convert_format --dataset_version_dir={folder} --out_file_format=array_record" in line
+
+
+def test_a_teacher_of_other_classes_or_seeds(smoke, prepared, refused, untouched):
+    taken = ("--config", SMOKE, "--workdir", untouched() / "run", f"--config.teacher.workdir={smoke[0]}")
+    other = (f"--config.data.data_dir={prepared}", "--config.data.name=tiny", "--config.data.train_split=train")
+    line = refused(train.main, *taken, *other)
+    assert "(its last layer has [10] outputs, the config's [4]). Teacher and students need the same classes" in line
+    line = refused(train.main, *taken, "--config.seeds=3")
+    assert "has 2 seeds and the config seeds=3: set seeds=2" in line
+    line = refused(train.main, *taken, "--config.teacher.stage=techer")
+    assert "holds no finished stage 'techer'; finish its training first. Did you mean 'teacher'? Finished: " in line
+
+
+def test_a_loss_that_is_not_finite(smoke, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    changes = ("only=ce", "arms.ce.lr=1e30", f"teacher.workdir={smoke[0]}")
+    argv = ["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{change}" for change in changes)]
+    with pytest.raises(SystemExit) as stop:
+        cli.command(lambda: train.main(argv))
+    assert stop.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "jkd:" in line]
+    bundle = workdir / "debug" / "ce-step-1"
+    assert len(errors) == 1
+    assert errors[0].startswith("jkd: error: Stage 'ce', step 1: ")
+    assert "loss" in errors[0].split(" is not finite. ")[0]
+    assert f"batch and metrics of the step are in {bundle}. Try a lower learning rate." in errors[0]
+    assert json.loads((bundle / "info.json").read_text())["stage"] == "ce"
+    assert (bundle / "batch-0.npz").exists()
+    assert not (workdir / "results.json").exists()
+
+
+def test_a_real_process_exits_with_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.train", "--config", SMOKE, "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, "--config.batchsize=8"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    expected = "jkd: error: Unknown config field 'batchsize'. Did you mean 'batch_size'? See the config file for all.\n"
+    assert done.stderr == expected
+    assert done.stdout == ""
+    assert not any(tmp_path.iterdir())
+
+
+COMMANDS = [p.stem for p in sorted((ROOT / "experiments").glob("*.py")) if "cli.command(main)" in p.read_text()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __import__(f"experiments.{command}", fromlist=["main"]).main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"python -m experiments.{command} " in out
+    assert "--coordinator HOST:PORT" in out
+
+
+def test_the_fixed_commands_are_there():
+    assert {"train", "evaluate", "predict", "plan", "reproduce"} <= set(COMMANDS)

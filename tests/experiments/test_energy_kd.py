@@ -1,0 +1,170 @@
+"""The shipped configs of Energy KD, end to end."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers_experiments import QUIET, SMOKE
+
+from experiments import cli, energy_kd, train
+from jkd import data, nn
+from jkd import train as jkd_train
+
+ARMS = [
+    "ce",
+    "dkd",
+    "energy_dkd",
+    "energy_kd",
+    "energy_kd_long",
+    "energy_kd_reversed",
+    "kd",
+    "kd_cutmix",
+    "kd_he_da",
+    "kd_long",
+]
+
+
+def run(workdir, *changes):
+    train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{change}" for change in changes)])
+    return workdir
+
+
+def published(workdir, stage):
+    return jax.tree.map(np.asarray, jkd_train.load_outcome(workdir, stage).published)
+
+
+def largest_difference(first, second):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), first, second)))
+
+
+def test_smoke_runs_every_arm_for_two_steps(smoke):
+    workdir, _ = smoke
+    results = json.loads((workdir / "results.json").read_text())
+    assert list(results) == ["method", "config", "stages", "results", "versions"]
+    assert results["method"] == "energy_kd"
+    assert results["config"]["data"]["name"] == "digits8x8"
+    assert {"python", "jax", "flax", "optax"} <= set(results["versions"])
+    assert list(results["stages"]) == ["teacher", *ARMS]
+    assert all(stage["steps"] == 2 for stage in results["stages"].values())
+    assert set(results["results"]["test/top1"]) == {"teacher", *ARMS}
+    row = results["results"]["test/top1"]["energy_kd"]
+    assert row["seeds"] == 2
+    assert row["difference"]["to"] == "kd"
+    assert (workdir / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoke_measures_the_teacher_and_the_groups(smoke):
+    stages = json.loads((smoke[0] / "results.json").read_text())["stages"]
+    assert set(stages["teacher"]["metrics"]) == {
+        "validation/top1",
+        "test/top1",
+        "energy/rank_correlation_confidence",
+        "energy/accuracy_low_energy",
+        "energy/accuracy_high_energy",
+    }
+    # Without augmentation the thresholds are quantiles of the very images: 12 and 12 of 32 swept ... of 40 counted.
+    for name in ARMS:
+        metrics = stages[name]["metrics"]
+        assert ("groups/share_low" in metrics) == name.startswith(("energy", "kd_he_da"))
+        assert all(np.shape(values) == (2,) for values in metrics.values())
+    low, high = (np.array(stages["energy_kd"]["metrics"][f"groups/share_{side}"]) for side in ("low", "high"))
+    assert np.all((low > 0.1) & (low < 0.5))
+    assert np.all((high > 0.1) & (high < 0.5))
+    assert stages["kd_he_da"]["metrics"]["groups/share_low"] == [0.0, 0.0]
+
+
+def test_arms_of_equal_settings_are_equal_bit_by_bit(smoke):
+    workdir, _ = smoke
+    for long, short in (("kd_long", "kd"), ("energy_kd_long", "energy_kd")):
+        assert largest_difference(published(workdir, long), published(workdir, short)) == 0
+    assert largest_difference(published(workdir, "energy_kd"), published(workdir, "energy_kd_reversed")) > 0
+    teacher = published(workdir, "teacher")
+    assert largest_difference(*(jax.tree.map(lambda x, k=k: x[k], teacher) for k in (0, 1))) > 0
+
+
+def test_a_finished_teacher_gives_the_same_students(smoke, tmp_path):
+    workdir = run(tmp_path / "run", "only=kd,energy_kd", f"teacher.workdir={smoke[0]}")
+    for name in ("teacher", "kd", "energy_kd"):
+        assert largest_difference(published(workdir, name), published(smoke[0], name)) <= 1e-6
+
+
+def test_a_teacher_of_one_seed_serves_all(smoke, tmp_path):
+    single = run(tmp_path / "teacher", "only=teacher", "seeds=1")
+    workdir = run(tmp_path / "run", "only=ce", f"teacher.workdir={single}")
+    assert jkd_train.load_outcome(workdir, "teacher").members == 0
+    assert largest_difference(published(workdir, "ce"), published(smoke[0], "ce")) <= 1e-6
+
+
+def test_cached_logits_of_plain_images_are_the_live_teacher(smoke, tmp_path):
+    cached = ("only=kd", "teacher.source=cached", "teacher.bank=1", f"teacher.workdir={smoke[0]}")
+    workdir = run(tmp_path / "run", *cached)
+    assert largest_difference(published(workdir, "kd"), published(smoke[0], "kd")) < 1e-5
+
+
+def test_cached_logits_are_those_of_the_bank_of_views(smoke, tmp_path):
+    changes = ("only=energy_kd", "seeds=1", "teacher.source=cached", "teacher.bank=3", "data.shift=1")
+    workdir = run(tmp_path / "run", *changes)
+    consts = jax.tree.map(lambda x: x[0], jkd_train.load_outcome(workdir, "energy_kd").consts)
+    config = cli.load_run(str(workdir), {})
+    setup = energy_kd.Setup.of(config)
+    rows = np.asarray(consts["rows"]["train"])[:5]
+    images = setup.task.pool.read(rows)["image"]
+    teacher = jax.tree.map(lambda x: x[0], published(workdir, "teacher"))
+    for view in range(3):
+        shifted = energy_kd.bank_view(setup.views, consts["bank_key"], view, jnp.asarray(rows), jnp.asarray(images))
+        expected = setup.teach(teacher, shifted)
+        np.testing.assert_allclose(consts["logits"][view, np.asarray(consts["slot"])[rows]], expected, atol=1e-5)
+    assert np.abs(np.diff(np.asarray(consts["logits"]), axis=0)).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The stages of every variant but smoke, built for stand-ins of the data."""
+    variants = ("default", "fashion_lt", "cifar100", "cifar100_lt", "imagenet")
+    configs = {v: cli.load_config(f"configs/energy_kd.py:{v}", {"data.blank": True}) for v in variants}
+    return {v: (config, {s.name: s for s in energy_kd.stages(config)}) for v, config in configs.items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "model", "classes", "seeds", "looped", "steps"),
+    [
+        ("default", nn.mlp(10, hidden=(24, 24)), 10, 8, False, {"teacher": 625, "kd": 625, "kd_long": 938}),
+        ("fashion_lt", nn.build("cnn", 10, width=4), 10, 5, True, {}),
+        ("cifar100", nn.build("resnet20", 100), 100, 1, True, {"energy_kd": 187500, "energy_kd_long": 281250}),
+        ("cifar100_lt", nn.build("resnet20", 100), 100, 1, True, {}),
+        ("imagenet", nn.build("resnet18", 1000), 1000, 1, True, {"teacher": 250228}),
+    ],
+)
+def test_every_variant_builds_its_stages(built, variant, model, classes, seeds, looped, steps):
+    config, stages = built[variant]
+    energy_kd.check(config)
+    assert list(stages) == ["teacher", *ARMS]
+    assert {(stage.members, stage.looped) for stage in stages.values()} == {(seeds, looped)}
+    assert {name: stages[name].num_steps for name in steps} == steps
+    setup = energy_kd.Setup.of(config)
+    assert setup.student == model
+    assert setup.task.num_classes == classes
+    assert set(setup.task.sizes) == ({"train", "test"} if not config.data.validation_examples else {*setup.task.sizes})
+
+
+def test_long_tails_are_in_the_training_rows(built):
+    config, _ = built["cifar100_lt"]
+    task = energy_kd.Setup.of(config).task
+    rows = task.split(jax.random.key(0))["train"]
+    counts = np.bincount(task.pool.labels[rows], minlength=100)
+    assert (counts.max(), counts.min()) == (500, 5)
+    assert task.sizes["train"] == 10847  # as in the literature on CIFAR-100-LT at imbalance 100
+
+
+def test_splits_are_disjoint_and_balanced():
+    task = energy_kd.Setup.of(cli.load_config(SMOKE)).task
+    rows = task.split(jax.random.key(3))
+    assert {name: len(index) for name, index in rows.items()} == {"train": 40, "validation": 48, "test": 1709}
+    assert len(np.unique(np.concatenate(list(rows.values())))) == 1797
+    assert data.load("digits8x8", "all").labels[rows["train"]].tolist().count(3) in (4, 5)
+    again = task.split(jax.random.key(3))
+    other = task.split(jax.random.key(4))
+    assert all((rows[name] == again[name]).all() for name in rows)
+    assert (rows["train"] != other["train"]).any()
