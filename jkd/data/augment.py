@@ -189,7 +189,11 @@ def draw_mixup(key: PRNGKeyArray, batch_size: int, alpha: Number = 0.2, *, per_e
     if alpha <= 0:
         raise UserError(f"alpha must be > 0, got {alpha}.")
     order_key, lam_key = jax.random.split(key)
-    lam = jax.random.beta(lam_key, alpha, alpha, (batch_size,) if per_example else (), jnp.float32)
+    shape = (batch_size,) if per_example else ()
+    if alpha == 1:  # uniform: without the rejection sampling of Beta, which takes seconds to compile
+        lam = jax.random.uniform(lam_key, shape)
+    else:
+        lam = jax.random.beta(lam_key, alpha, alpha, shape, jnp.float32)
     return MixupDraw(jax.random.permutation(order_key, batch_size), lam)
 
 

@@ -64,15 +64,17 @@ def test_smoke_measures_the_teacher_and_the_groups(smoke):
         "energy/accuracy_low_energy",
         "energy/accuracy_high_energy",
     }
-    # Without augmentation the thresholds are quantiles of the very images: 12 and 12 of 32 swept ... of 40 counted.
     for name in ARMS:
         metrics = stages[name]["metrics"]
         assert ("groups/share_low" in metrics) == name.startswith(("energy", "kd_he_da"))
         assert all(np.shape(values) == (2,) for values in metrics.values())
-    low, high = (np.array(stages["energy_kd"]["metrics"][f"groups/share_{side}"]) for side in ("low", "high"))
-    assert np.all((low > 0.1) & (low < 0.5))
-    assert np.all((high > 0.1) & (high < 0.5))
-    assert stages["kd_he_da"]["metrics"]["groups/share_low"] == [0.0, 0.0]
+    # Of the 40 rows a training sweep sees 32 (two full batches) and asks for int(0.3 * 32) = 9 of them below; the
+    # other 8 rows may lie anywhere.
+    for side in ("low", "high"):
+        shares = np.array(stages["energy_kd"]["metrics"][f"groups/share_{side}"])
+        assert np.all((shares >= 9 / 40) & (shares <= 17 / 40))
+    shares = np.array(stages["kd_he_da"]["metrics"]["groups/share_high"])
+    assert np.all((shares >= 16 / 40) & (shares <= 24 / 40))
 
 
 def test_arms_of_equal_settings_are_equal_bit_by_bit(smoke):
@@ -90,13 +92,6 @@ def test_a_finished_teacher_gives_the_same_students(smoke, tmp_path):
         assert largest_difference(published(workdir, name), published(smoke[0], name)) <= 1e-6
 
 
-def test_a_teacher_of_one_seed_serves_all(smoke, tmp_path):
-    single = run(tmp_path / "teacher", "only=teacher", "seeds=1")
-    workdir = run(tmp_path / "run", "only=ce", f"teacher.workdir={single}")
-    assert jkd_train.load_outcome(workdir, "teacher").members == 0
-    assert largest_difference(published(workdir, "ce"), published(smoke[0], "ce")) <= 1e-6
-
-
 def test_cached_logits_of_plain_images_are_the_live_teacher(smoke, tmp_path):
     cached = ("only=kd", "teacher.source=cached", "teacher.bank=1", f"teacher.workdir={smoke[0]}")
     workdir = run(tmp_path / "run", *cached)
@@ -104,9 +99,9 @@ def test_cached_logits_of_plain_images_are_the_live_teacher(smoke, tmp_path):
 
 
 def test_cached_logits_are_those_of_the_bank_of_views(smoke, tmp_path):
-    changes = ("only=energy_kd", "seeds=1", "teacher.source=cached", "teacher.bank=3", "data.shift=1")
+    changes = ("only=kd", "seeds=1", "teacher.source=cached", "teacher.bank=3", "data.shift=1")
     workdir = run(tmp_path / "run", *changes)
-    consts = jax.tree.map(lambda x: x[0], jkd_train.load_outcome(workdir, "energy_kd").consts)
+    consts = jax.tree.map(lambda x: x[0], jkd_train.load_outcome(workdir, "kd").consts)
     config = cli.load_run(str(workdir), {})
     setup = energy_kd.Setup.of(config)
     rows = np.asarray(consts["rows"]["train"])[:5]
@@ -117,6 +112,11 @@ def test_cached_logits_are_those_of_the_bank_of_views(smoke, tmp_path):
         expected = setup.teach(teacher, shifted)
         np.testing.assert_allclose(consts["logits"][view, np.asarray(consts["slot"])[rows]], expected, atol=1e-5)
     assert np.abs(np.diff(np.asarray(consts["logits"]), axis=0)).max() > 1e-3
+    # A teacher of one seed serves every seed of another run.
+    workdir = run(tmp_path / "students", "only=ce", f"teacher.workdir={workdir}")
+    assert jkd_train.load_outcome(workdir, "teacher").members == 0
+    assert jkd_train.load_outcome(workdir, "ce").members == 2
+    assert largest_difference(published(workdir, "ce"), published(smoke[0], "ce")) <= 1e-6
 
 
 @pytest.fixture(scope="module")
