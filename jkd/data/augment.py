@@ -111,11 +111,13 @@ def rotation_bank(images: np.ndarray, degrees: Sequence[Number]) -> np.ndarray:
 
 
 def rotate(
-    key: PRNGKeyArray, bank: Num[Array, "angles rows height width channel"], index: Int[Array, " batch"]
+    key: PRNGKeyArray,
+    bank: Num[Array, "angles rows height width channel"] | Num[np.ndarray, "angles rows height width channel"],
+    index: Int[Array, " batch"],
 ) -> Images:
     """Gathers example `index` of a `rotation_bank`, each at an angle of its own, uniform among the bank's."""
     angle = jax.random.randint(key, index.shape, 0, len(bank))
-    return bank.at[angle, index].get(mode="clip")
+    return jnp.asarray(bank).at[angle, index].get(mode="clip")
 
 
 def cutout(key: PRNGKeyArray, images: Images, size: int, *, per_example: bool = True) -> Images:

@@ -67,14 +67,16 @@ def sweep(
     key: jax.Array | None = None,
     *,
     mesh: Mesh,
-    residents: Residents,
+    residents: Residents | None = None,
     rules: Rules = DEFAULT_RULES,
 ) -> Any:
     """Runs `fn(args, batch, key) -> rows` over one pass of a source: all rows, as numpy arrays.
 
     A shuffled source is visited as in training and its last partial batch dropped; a source in order gives its
-    rows in that order, all of them. With a key, batch t gets `fold_in(key, t)`; without, None.
+    rows in that order, all of them. With a key, batch t gets `fold_in(key, t)`; without, None. `residents` holds the
+    device copies of data that several passes share.
     """
+    residents = residents or Residents(mesh)
     check_batch_size(source.batch_size, mesh)
     program = _rows_program(fn, source.assemble, mesh, batch_axis(source))
     args, key = place(args, mesh, rules), None if key is None else place(key, mesh, ((".*", replicate),))
@@ -123,13 +125,14 @@ def evaluate(
     consts: Any,
     *,
     mesh: Mesh,
-    residents: Residents,
+    residents: Residents | None = None,
 ) -> Mapping[str, Any]:
     """Runs one evaluator over its whole source and returns the metrics that its `finish` computes.
 
     The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
     compiles once.
     """
+    residents = residents or Residents(mesh)
     source = evaluation_source(evaluator, consts, mesh)
     axis, size = batch_axis(source), source.batch_size
     program = _collect_program(evaluator.collect, source.assemble, evaluator.kind, size, mesh, axis)
