@@ -93,7 +93,7 @@ def bare(stage: train.Stage, source: TimedSource, mesh) -> float:
     program = step_program(stage.step, source.assemble, 0, LOG_EVERY, mesh, tuple(RULES))
     inputs = [(jax.device_put(source.local(t)), jnp.int32(t)) for t in range(stage.num_steps)]
     carry, rest = member.carry, ({}, member.resident, member.step_key)
-    jitted = program._jit(carry, inputs[0][0], (*rest, inputs[0][1]))  # without what `jit_step` itself costs
+    jitted = program.jitted(carry, inputs[0][0], *rest, inputs[0][1])
     for i, (rows, t) in enumerate(inputs):
         if i == WARM:
             jax.block_until_ready(carry)

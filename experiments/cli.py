@@ -65,7 +65,9 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, A
             config.update_from_flattened_dict({name: _parse(value, known[name])})
         except (TypeError, ValueError, SyntaxError) as error:
             kind = type(known[name]).__name__
-            raise UserError(f"Config field {name!r} takes {kind} values like {known[name]!r}, got {value!r}.") from error
+            raise UserError(
+                f"Config field {name!r} takes {kind} values like {known[name]!r}, got {value!r}."
+            ) from error
 
 
 def load_run(

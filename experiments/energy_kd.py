@@ -183,10 +183,11 @@ def check_teacher(outcome: train.Outcome, shapes: Any, config: ConfigDict) -> No
     wanted = jax.tree.map(lambda x: x.shape, shapes)
     if stored == wanted:
         return
-    heads = [[s[-1] for s in jax.tree.leaves(t, is_leaf=lambda x: isinstance(x, tuple))][-1:] for t in (stored, wanted)]
+    is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
+    heads = [[s[-1] for p, s in jax.tree.leaves_with_path(t, **is_shape) if "head" in str(p)] for t in (stored, wanted)]
     raise UserError(
         f"The teacher in {config.teacher.workdir} is not the {config.teacher.model!r} of this config for this data "
-        f"set (its last layer has {heads[0]} outputs, the config's {heads[1]}). Teacher and students need the same "
+        f"set (its head has {heads[0][:1]} outputs, the config's {heads[1][:1]}). Teacher and students need the same "
         "classes: set data.* and teacher.model to what the teacher was trained with."
     )
 

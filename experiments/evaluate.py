@@ -19,6 +19,7 @@ from experiments import cli
 from jkd import train
 from jkd.errors import UserError, unknown
 from jkd.train.log import jsonable
+from jkd.train.mesh import check_batch_size
 from jkd.train.passes import Residents
 from jkd.train.workdir import write_text
 
@@ -54,6 +55,7 @@ def evaluate(config: Any, workdir: str, names: Sequence[str] | None = None) -> d
     if not names:
         raise UserError(f"{workdir} holds no finished stage; finish its training first.")
     mesh = train.make_mesh(**config.mesh)
+    check_batch_size(config.eval_batch_size, mesh, "eval_batch_size")
     outcomes = {name: train.load_outcome(workdir, name, mesh=mesh) for name in names}
     residents = Residents(mesh)
     return {

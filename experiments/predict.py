@@ -28,6 +28,7 @@ from jkd.data import images, rows
 from jkd.errors import UserError
 from jkd.train.ensemble import member
 from jkd.train.log import console
+from jkd.train.mesh import check_batch_size
 from jkd.train.passes import Residents
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -58,6 +59,7 @@ def predict(config: Any, workdir: str, stage: str, spec: str) -> dict[str, np.nd
       UserError: for a stage that is not there, or images that the model does not take.
     """
     mesh = train.make_mesh(**config.mesh)
+    check_batch_size(config.eval_batch_size, mesh, "eval_batch_size")
     outcome = train.load_outcome(workdir, stage, mesh=mesh)
     predictor = cli.experiment(config).predictor(config, stage)
     models = [member(outcome.published, k) for k in range(outcome.members)] or [outcome.published]

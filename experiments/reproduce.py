@@ -8,10 +8,11 @@ Writes OUT/results.json and OUT/report.html.
 
 import importlib
 import json
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from experiments import cli, html, train
 from experiments.studies import Study, run_study
@@ -29,7 +30,7 @@ class OutOfTimeError(UserError):
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__, config=False)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of: {', '.join(METHODS)}; all by default")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the report and the cells")
+    parser.add_argument("--out", required=True, type=epath.Path, help="folder of the report and the cells")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no cell after so many minutes")
     args, overrides = cli.parse(parser, argv)
     for method in args.methods:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def reproduce(
-    methods: Any, out: pathlib.Path, deadline: float | None = None, overrides: Mapping[str, Any] | None = None
+    methods: Any, out: epath.Path, deadline: float | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Runs the studies of the methods and writes the report; a study that cannot run says why."""
     results: dict[str, Any] = {}
@@ -59,7 +60,7 @@ def reproduce(
 
 
 def _study(
-    method: str, study: Study, out: pathlib.Path, deadline: float | None, overrides: Mapping[str, Any]
+    method: str, study: Study, out: epath.Path, deadline: float | None, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
     def run(cell: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         workdir = out / "cells" / method / study.name / cell

@@ -50,7 +50,9 @@ def prepared(tmp_path_factory):
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
-            return {"train": ((i, {"image": np.full((8, 8, 1), i % 256, np.uint8), "label": i % 4}) for i in range(480))}
+            return {
+                "train": ((i, {"image": np.full((8, 8, 1), i % 256, np.uint8), "label": i % 4}) for i in range(480))
+            }
 
         def _generate_examples(self):
             return {}

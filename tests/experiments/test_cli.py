@@ -125,7 +125,9 @@ def test_a_teacher_of_other_classes_or_seeds(smoke, prepared, refused, untouched
     taken = ("--config", SMOKE, "--workdir", untouched() / "run", f"--config.teacher.workdir={smoke[0]}")
     other = (f"--config.data.data_dir={prepared}", "--config.data.name=tiny", "--config.data.train_split=train")
     line = refused(train.main, *taken, *other)
-    assert "(its head has 10 outputs, the config's 4). Teacher and students need the same classes: set data.*" in line
+    assert (
+        "(its head has [10] outputs, the config's [4]). Teacher and students need the same classes: set data.*" in line
+    )
     line = refused(train.main, *taken, "--config.seeds=3")
     assert "has 2 seeds and the config seeds=3: set seeds=2" in line
     line = refused(train.main, *taken, "--config.teacher.stage=techer")

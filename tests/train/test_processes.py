@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import toys
 
+pytestmark = pytest.mark.usefixtures("alone")
 STEPS = 300
 LIMIT = 120  # seconds
 FAST_COMPILES = {  # only the first process can use the compilation cache

@@ -13,6 +13,7 @@ import toys
 from jkd import train
 from jkd.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("alone")
 MOMENTS = (
     "after:teacher-consts",
     "step:teacher-5",

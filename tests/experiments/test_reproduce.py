@@ -1,0 +1,226 @@
+"""Verdicts by hand, and a reproduction whose runs are made up."""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from experiments import energy_kd, html, reproduce, studies
+from jkd.errors import UserError
+from jkd.train.workdir import flatten
+
+CLAIM = studies.Claim("ours beats theirs", better="ours", worse="theirs")
+
+
+def arms(**values):
+    """Stages with these test accuracies."""
+    return {name: {"metrics": {"test/top1": list(v)}} for name, v in values.items()}
+
+
+def judged(differences, **changes):
+    theirs = np.full(len(differences), 50.0)
+    stages = arms(ours=theirs + differences, theirs=theirs)
+    return studies.judge(dataclasses.replace(CLAIM, **changes), stages)
+
+
+# mean 2, deviation .1 of three seeds: 2 -+ 4.3027 * .1 / sqrt(3) = 2 -+ .2484.
+SPREAD = np.array([-0.1, 0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "verdict", "interval"),
+    [
+        (2 + SPREAD, 0.0, studies.HOLDS, [1.7516, 2.2484]),
+        (-2 + SPREAD, 0.0, studies.REVERSED, [-2.2484, -1.7516]),
+        (SPREAD, 0.0, studies.OPEN, [-0.2484, 0.2484]),
+        (0.2 + SPREAD, 0.0, studies.OPEN, [-0.0484, 0.4484]),  # a positive mean is not enough
+        (SPREAD, 0.25, studies.HOLDS, [-0.2484, 0.2484]),  # not worse by more than the margin
+        (SPREAD, 0.24, studies.OPEN, [-0.2484, 0.2484]),
+        (-1 + SPREAD, 0.5, studies.REVERSED, [-1.2484, -0.7516]),
+        (-0.6 + SPREAD, 0.5, studies.OPEN, [-0.8484, -0.3516]),
+    ],
+)
+def test_verdicts_of_paired_claims(differences, margin, verdict, interval):
+    row = judged(differences, margin=margin)
+    assert row["verdict"] == verdict
+    np.testing.assert_allclose(row["interval"], interval, atol=1e-4)
+    assert row["effect"] == pytest.approx(np.mean(differences))
+    assert row["seeds"] == 3
+    assert 0 <= row["p_value"] <= 1
+    assert row["test"] == f"ours - theirs > {-margin:g}"
+    assert row["paper"] == "no figure"
+
+
+@pytest.mark.parametrize(
+    ("inside", "verdict"), [((1.75, 2.25), studies.HOLDS), ((1.8, 2.25), studies.OPEN), ((3, 4), studies.OPEN)]
+)
+def test_verdicts_of_values(inside, verdict):
+    claim = studies.Claim("the share is two", value=("ours", "groups/share"), inside=inside)
+    row = studies.judge(claim, {"ours": {"metrics": {"groups/share": list(2 + SPREAD)}}})
+    assert row["verdict"] == verdict
+    np.testing.assert_allclose(row["interval"], [1.7516, 2.2484], atol=1e-4)
+    assert row["p_value"] is None
+
+
+def tuned(**scores):
+    return {name: {"metrics": {"validation/top1": v}} for name, v in scores.items()}
+
+
+def test_each_arm_gets_its_best_rate_and_ties_the_lower():
+    runs = {
+        0.1: tuned(a=[60, 70], b=[50, 50]),
+        0.01: tuned(a=[66, 66], b=[50, 50]),
+        0.03: tuned(a=[60, 60], b=[40, 41]),
+    }
+    assert studies.best_rates(runs, ["a", "b"]) == {"a": 0.01, "b": 0.01}
+    assert studies.best_rates({0.1: tuned(a=[70]), 0.01: tuned(a=[66])}, ["a"]) == {"a": 0.1}
+    with pytest.raises(UserError, match="Arm 'a' has no finite validation accuracy"):
+        studies.best_rates({0.1: tuned(a=[70, np.nan])}, ["a"])
+
+
+STUDY = studies.Study(
+    "tiny", "configs/energy_kd.py:smoke", (0.01, 0.1), 2, [CLAIM], overrides={"data.validation_examples": 50}
+)
+
+
+def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
+    calls = {}
+
+    def run(cell, overrides):
+        calls[cell] = dict(overrides)
+        rate = overrides.get("arms.ours.lr", 0)
+        stages = tuned(ours=[rate, rate], theirs=[-rate, -rate]) | {"teacher": {"metrics": {"test/top1": [99.0] * 3}}}
+        if cell == "final":
+            stages |= arms(ours=52 + SPREAD, theirs=[50.0] * 3)
+        return {"workdir": f"/cells/{cell}", "stages": stages}
+
+    found = studies.run_study(STUDY, run, ["ours", "theirs"])
+    own, tuning = {"data.validation_examples": 50}, {"seed": 1000, "seeds": 2}
+    taught = {"teacher.workdir": "/cells/tuning-teacher"}
+    assert calls == {
+        "tuning-teacher": {**own, **tuning, "only": ("teacher",)},
+        "tuning-0.01": {**own, **tuning, **taught, "arms.ours.lr": 0.01, "arms.theirs.lr": 0.01},
+        "tuning-0.1": {**own, **tuning, **taught, "arms.ours.lr": 0.1, "arms.theirs.lr": 0.1},
+        "teacher": {**own, "only": ("teacher",)},
+        "final": {**own, "arms.ours.lr": 0.1, "arms.theirs.lr": 0.01, "teacher.workdir": "/cells/teacher"},
+    }
+    assert found["rates"] == {"ours": 0.1, "theirs": 0.01}
+    assert found["tuning"] == {"0.01": {"ours": 0.01, "theirs": -0.01}, "0.1": {"ours": 0.1, "theirs": -0.1}}
+    assert [claim["verdict"] for claim in found["claims"]] == [studies.HOLDS]
+    assert found["stages"]["teacher"]["metrics"]["test/top1"] == [99.0] * 3
+
+
+def stage(values, **more):
+    metrics = {"test/top1": list(values), "validation/top1": list(values), **more}
+    history = {name: {"last": v, "max": v, "min": v} for name, v in metrics.items()}
+    return {"steps": 2, "metrics": metrics, "history": history}
+
+
+def test_the_page_escapes_and_holds_every_claim():
+    rows = [
+        {**judged(2 + SPREAD), "claim": "<b>ours</b> & theirs"},
+        {**judged(-2 + SPREAD), "claim": "second"},
+        {**judged(SPREAD), "claim": "third", "p_value": None},
+    ]
+    stages = {name: stage(50 + SPREAD) for name in ("teacher", "kd", "ours")}
+    good = {"config": "a.py", "rates": {"kd": 0.01, "ours": 0.1}, "stages": stages, "claims": rows}
+    page = html.page({"energy_kd": {"digits": good, "large": {"config": "b.py", "not_run": "no <data>"}}})
+    assert "&lt;b&gt;ours&lt;/b&gt; &amp; theirs" in page
+    assert "<b>ours" not in page
+    assert "<td class='holds'>holds</td>" in page
+    assert "<td class='reversed'>the reverse holds</td>" in page
+    assert "<td class='open'>not at this scale</td>" in page
+    assert "[+1.75, +2.25]" in page
+    assert "Not run: no &lt;data&gt;" in page
+    assert "src='data:image/png;base64,iVBOR" in page
+    assert page.count("http") == 0  # nothing is loaded from elsewhere
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Replaces training by made-up results, kept in the cell's folder like real ones; counts what is begun."""
+    begun = []
+
+    def run(config, workdir, *, show):
+        assert not show
+        file = pathlib.Path(workdir) / "results.json"
+        if not file.exists():
+            begun.append(file.parent.name)
+            file.parent.mkdir(parents=True)
+            names = ["teacher", *energy_kd.selected_arms(config)]
+            more = {"energy/rank_correlation_confidence": [-0.9, -0.9], "groups/share_low": [0.3, 0.3]}
+            found = {n: stage([50 + i, 51 + i], **more) for i, n in enumerate(names)}
+            file.write_text(json.dumps({"stages": found, "config": flatten(config.to_dict())}))
+        return json.loads(file.read_text())
+
+    monkeypatch.setattr(reproduce.train, "run", run)
+    study = dataclasses.replace(STUDY, claims=energy_kd.CLAIMS)
+    monkeypatch.setattr(energy_kd, "STUDIES", (study,))
+    return begun
+
+
+CELLS = ["tuning-teacher", "tuning-0.01", "tuning-0.1", "teacher", "final"]
+
+
+def test_reproduce_writes_its_report(made_up, tmp_path, capsys):
+    reproduce.main(["energy_kd", "--out", str(tmp_path), "--config.seeds=3"])
+    assert made_up == CELLS
+    study = json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]
+    verdicts = {claim["claim"]: claim["verdict"] for claim in study["claims"]}
+    assert len(verdicts) == len(energy_kd.CLAIMS)
+    assert verdicts["KD beats training on labels alone"] == studies.HOLDS  # every later arm is one point better
+    assert verdicts["Energy DKD beats DKD"] == studies.HOLDS
+    assert verdicts["low energy goes with high confidence (rank correlation)"] == studies.HOLDS
+    page = (tmp_path / "report.html").read_text()
+    assert all(claim.text in page for claim in energy_kd.CLAIMS)
+    assert "Energy DKD beats DKD" in capsys.readouterr().out
+    cell = json.loads((tmp_path / "cells" / "energy_kd" / "tiny" / "final" / "results.json").read_text())
+    assert cell["config"]["seeds"] == 3
+
+
+def test_reproduce_stops_by_its_budget_and_goes_on(made_up, tmp_path, capsys):
+    begin = reproduce.main
+    begin(["energy_kd", "--out", str(tmp_path), "--budget", "0"])
+    assert made_up == []
+    says = "stopped by --budget before cell tuning-teacher; run the same command again to go on"
+    assert says in capsys.readouterr().err
+    assert json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]["not_run"] == says
+    assert says in (tmp_path / "report.html").read_text()
+    # A budget that ends after two cells.
+    deadline, run = time.monotonic() + 3600, reproduce.train.run
+
+    def two(*args, **named):
+        found = run(*args, **named)
+        if len(made_up) == 2:
+            clock[0] = deadline + 1
+        return found
+
+    clock = [deadline - 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce.time, "monotonic", lambda: clock[0])
+        patch.setattr(reproduce.train, "run", two)
+        reproduce.reproduce(["energy_kd"], epath.Path(tmp_path), deadline)
+    assert made_up == CELLS[:2]
+    assert "before cell tuning-0.1" in capsys.readouterr().err
+    begin(["energy_kd", "--out", str(tmp_path)])
+    assert made_up == CELLS
+    assert "claims" in json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]
+
+
+def test_reproduce_refuses_unknown_methods(refused, untouched):
+    line = refused(reproduce.main, "energy-kd", "--out", untouched() / "out")
+    assert "Unknown method 'energy-kd'. Did you mean 'energy_kd'?" in line
+
+
+def test_the_shipped_studies_name_real_arms():
+    from experiments import cli
+
+    for study in energy_kd.STUDIES:
+        config = cli.load_config(study.config)
+        for claim in study.claims:
+            named = {claim.better, claim.worse} - {""} if claim.value is None else {claim.value[0]} - {"teacher"}
+            assert named <= set(config.arms)
