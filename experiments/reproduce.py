@@ -17,6 +17,7 @@ from etils import epath
 from experiments import cli, html, train
 from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
+from jkd.train import Preempted
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import write_text
 
@@ -74,6 +75,8 @@ def _study(
     try:
         arms = list(cli.load_config(study.config, overrides).arms)
         return run_study(study, run, arms)
+    except Preempted:
+        raise
     except UserError as error:
         console.print(f"{method}/{study.name}: {error}", soft_wrap=True)
         return {"config": study.config, "not_run": str(error)}
