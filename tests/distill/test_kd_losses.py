@@ -188,9 +188,7 @@ EDGES = np.array(
 def test_values_and_gradients_are_finite_at_the_edges(loss, temperature):
     student, teacher, labels = (
         np.reshape(x, (100, -1))
-        for x in np.broadcast_arrays(
-            EDGES[:, None, None], EDGES[None, :, None], np.arange(4)[None, None, :, None]
-        )
+        for x in np.broadcast_arrays(EDGES[:, None, None], EDGES[None, :, None], np.arange(4)[None, None, :, None])
     )
     value, gradient = jax.jit(jax.value_and_grad(loss))(student, teacher, labels[:, 0], temperature)
     assert np.isfinite(value)
@@ -271,9 +269,7 @@ def test_wrong_labels():
         cross_entropy(STUDENT, np.array([-1, 0]))
 
 
-@pytest.mark.parametrize(
-    "bad", [-1, 0.0, np.nan, np.inf, np.float32(-2), jnp.array(0.0), np.array([1, -1.0])]
-)
+@pytest.mark.parametrize("bad", [-1, 0.0, np.nan, np.inf, np.float32(-2), jnp.array(0.0), np.array([1, -1.0])])
 def test_bad_temperatures(bad):
     with pytest.raises(UserError, match="temperature must be positive and finite"):
         kd_loss(STUDENT, TEACHER, bad)

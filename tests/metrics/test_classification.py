@@ -55,9 +55,7 @@ def test_top_1_is_argmax(topk, logits, labels):
 
 
 def test_nan_and_unknown_labels_are_wrong(topk):
-    logits = np.array(
-        [[np.nan, 5, 0], [5, np.nan, 0], [5, 0, 1], [5, 0, 1], [np.inf, 0, -np.inf]], np.float32
-    )
+    logits = np.array([[np.nan, 5, 0], [5, np.nan, 0], [5, 0, 1], [5, 0, 1], [np.inf, 0, -np.inf]], np.float32)
     labels = np.array([1, 0, -1, 3, 0])
     for k in (1, 3):
         np.testing.assert_array_equal(topk(logits, labels, k), [False, False, False, False, True])
@@ -115,9 +113,7 @@ def test_mistakes():
         topk_correct(np.zeros((2, 3)), np.zeros(2, int), 5)
     with pytest.raises(UserError, match=r"labels \[batch\], got \[2, 3\] and \[3\]"):
         topk_correct(np.zeros((2, 3)), np.zeros(3, int))
-    with pytest.raises(
-        UserError, match=r"share one shape \[batch\], got \{'correct': \[2\], 'labels': \[3\]\}"
-    ):
+    with pytest.raises(UserError, match=r"share one shape \[batch\], got \{'correct': \[2\], 'labels': \[3\]\}"):
         per_class_counts(np.ones(2, bool), np.zeros(3, int), 4)
     with pytest.raises(UserError, match=r"'mask': \[1\]"):
         per_class_counts(np.ones(2, bool), np.zeros(2, int), 4, np.ones(1, bool))
