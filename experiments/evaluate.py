@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
+from experiments import cli, report
 from jkd import train
 from jkd.errors import UserError, unknown
 from jkd.train.log import jsonable
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     cli.use_compilation_cache()
     found = evaluate(config, args.workdir, args.stage)
     if jax.process_index() == 0:
-        Console().print(table(found))
+        report.table_console().print(table(found))
         if file is not None:
             write_text(file, json.dumps(jsonable(found), indent=1) + "\n")
 

@@ -5,7 +5,6 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from experiments import report
@@ -82,7 +81,7 @@ def _arms(study: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
 
 def print_claims(results: Mapping[str, Any]) -> None:
     """Prints the claims tables."""
-    console = Console()
+    console = report.table_console()
     for method, studies in results.items():
         for name, study in studies.items():
             if "not_run" in study:

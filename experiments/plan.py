@@ -12,7 +12,8 @@ import re
 from typing import Any
 
 from experiments import cli
-from jkd.errors import UserError
+from experiments.report import table_console
+from jkd.errors import UserError, unknown
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     args, overrides = cli.parse(parser, argv)
     config = cli.load_config(args.config, {**overrides, "data.blank": True})
     _use_cpu_devices(args.topology)
-    reports = plan(config, args.topology, args.slices, args.stage)
+    # With --json the tables go where they are not in its way.
+    console = table_console(stderr=args.json)
+    reports = plan(config, args.topology, console, slices=args.slices, only=args.stage)
     if args.json:
         print(json.dumps({name: {**r.to_dict(), **more} for name, (r, more) in reports.items()}, indent=1))
 
@@ -42,10 +45,9 @@ def _use_cpu_devices(topology: str) -> None:
             return
 
 
-def plan(config: Any, topology: str, slices: int = 1, only: str | None = None) -> dict[str, Any]:
+def plan(config: Any, topology: str, console: Any, *, slices: int = 1, only: str | None = None) -> dict[str, Any]:
     """Compiles and prints every stage's step: {stage: (PlanReport, {"batch_size", "programs_per_step"})}."""
     import jax
-    from rich.console import Console
 
     from jkd.train.lower import lower_stages
     from jkd.train.mesh import make_mesh
@@ -55,10 +57,10 @@ def plan(config: Any, topology: str, slices: int = 1, only: str | None = None) -
     mesh = make_mesh(**{**config.mesh, "slices": slices}, devices=devices)
     stages = cli.experiment(config).stages(config)
     if only and only not in [s.name for s in stages]:
-        raise UserError(f"Unknown stage {only!r}; stages of this config: {', '.join(s.name for s in stages)}.")
+        raise unknown("stage", only, [s.name for s in stages])
     # A program for devices that are not here cannot be read back from the compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    found, console = {}, Console(stderr=True)
+    found = {}
     for stage in lower_stages(stages, mesh, only=only, log_every=config.log_every):
         made = report(_compile(stage), devices)
         console.print(f"[bold]{stage.name}[/bold]: {stage.batch_size} images a step on {len(devices)} devices")

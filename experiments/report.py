@@ -13,6 +13,12 @@ from rich.table import Table
 from jkd import metrics
 
 
+def table_console(*, stderr: bool = False) -> Console:
+    """Where tables go: as wide as the terminal, and 120 columns in files and pipes."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if terminal else 120)
+
+
 def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1") -> dict[str, Any]:
     """Per stage: mean, interval and seeds of a metric, and the paired difference to the baseline stage.
 
@@ -39,7 +45,7 @@ def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1
 
 def show(results: Mapping[str, Any], workdir: str) -> None:
     """Prints the table of a run and saves its plot beside it."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = table_console()
     for metric, rows in results["results"].items():
         console.print(table(rows, metric))
         path = epath.Path(workdir) / "plot.png"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers_experiments import QUIET, SMOKE
 
-from experiments import cli, energy_kd, train
+from experiments import cli, distillation, energy_kd, train
 from jkd import data, nn
 from jkd import train as jkd_train
 
@@ -103,12 +103,12 @@ def test_cached_logits_are_those_of_the_bank_of_views(smoke, tmp_path):
     workdir = run(tmp_path / "run", *changes)
     consts = jax.tree.map(lambda x: x[0], jkd_train.load_outcome(workdir, "kd").consts)
     config = cli.load_run(str(workdir), {})
-    setup = energy_kd.Setup.of(config)
+    setup = distillation.Setup.of(config)
     rows = np.asarray(consts["rows"]["train"])[:5]
     images = setup.task.pool.read(rows)["image"]
     teacher = jax.tree.map(lambda x: x[0], published(workdir, "teacher"))
     for view in range(3):
-        shifted = energy_kd.bank_view(setup.views, consts["bank_key"], view, jnp.asarray(rows), jnp.asarray(images))
+        shifted = distillation.bank_view(setup.views, consts["bank_key"], view, jnp.asarray(rows), jnp.asarray(images))
         expected = setup.teach(teacher, shifted)
         np.testing.assert_allclose(consts["logits"][view, np.asarray(consts["slot"])[rows]], expected, atol=1e-5)
     assert np.abs(np.diff(np.asarray(consts["logits"]), axis=0)).max() > 1e-3
@@ -143,7 +143,7 @@ def test_every_variant_builds_its_stages(built, variant, model, classes, seeds, 
     assert list(stages) == ["teacher", *ARMS]
     assert {(stage.members, stage.looped) for stage in stages.values()} == {(seeds, looped)}
     assert {name: stages[name].num_steps for name in steps} == steps
-    setup = energy_kd.Setup.of(config)
+    setup = distillation.Setup.of(config)
     assert setup.student == model
     assert setup.task.num_classes == classes
     assert set(setup.task.sizes) == ({"train", "test"} if not config.data.validation_examples else {*setup.task.sizes})
@@ -151,7 +151,7 @@ def test_every_variant_builds_its_stages(built, variant, model, classes, seeds, 
 
 def test_long_tails_are_in_the_training_rows(built):
     config, _ = built["cifar100_lt"]
-    task = energy_kd.Setup.of(config).task
+    task = distillation.Setup.of(config).task
     rows = task.split(jax.random.key(0))["train"]
     counts = np.bincount(task.pool.labels[rows], minlength=100)
     assert (counts.max(), counts.min()) == (500, 5)
@@ -159,7 +159,7 @@ def test_long_tails_are_in_the_training_rows(built):
 
 
 def test_splits_are_disjoint_and_balanced():
-    task = energy_kd.Setup.of(cli.load_config(SMOKE)).task
+    task = distillation.Setup.of(cli.load_config(SMOKE)).task
     rows = task.split(jax.random.key(3))
     assert {name: len(index) for name, index in rows.items()} == {"train": 40, "validation": 48, "test": 1709}
     assert len(np.unique(np.concatenate(list(rows.values())))) == 1797

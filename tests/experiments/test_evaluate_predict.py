@@ -10,7 +10,7 @@ import pytest
 from helpers_experiments import SMOKE, listing
 from PIL import Image
 
-from experiments import cli, energy_kd, evaluate, predict, train
+from experiments import cli, distillation, evaluate, predict, train
 from jkd import data
 from jkd import train as jkd_train
 
@@ -127,7 +127,7 @@ def test_predictions_are_the_mean_of_the_seeds(run, predictions):
         "predicted": (7,),
         "pool": (2, 7, 8),
     }
-    setup = energy_kd.Setup.of(cli.load_run(str(run), {}))
+    setup = distillation.Setup.of(cli.load_run(str(run), {}))
     outcome = jkd_train.load_outcome(run, "kd")
     for k in range(2):
         variables = jax.tree.map(lambda x, k=k: np.asarray(x[k]), outcome.published)

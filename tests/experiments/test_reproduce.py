@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import energy_kd, html, reproduce, studies
+from experiments import distillation, energy_kd, html, reproduce, studies
 from jkd.errors import UserError
 from jkd.train.workdir import flatten
 
@@ -151,7 +151,7 @@ def made_up(monkeypatch):
         if not file.exists():
             begun.append(file.parent.name)
             file.parent.mkdir(parents=True)
-            names = ["teacher", *energy_kd.selected_arms(config)]
+            names = ["teacher", *distillation.selected_arms(config)]
             more = {"energy/rank_correlation_confidence": [-0.9, -0.9], "groups/share_low": [0.3, 0.3]}
             found = {n: stage([50 + i, 51 + i], **more) for i, n in enumerate(names)}
             file.write_text(json.dumps({"stages": found, "config": flatten(config.to_dict())}))

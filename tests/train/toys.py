@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,12 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def ask_to_stop() -> None:
+    """SIGTERM, and time for other processes to hear of it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+
+
 def arm(moment: str) -> None:
     """Makes this process kill itself (or ask itself to stop) at a moment of the run, `kind:where`."""
     from jkd.train import checkpoint, loop, passes
@@ -169,7 +176,7 @@ def arm(moment: str) -> None:
 
         def at_step(self):
             if f"{self.stage.name}-{self.t}" == where:
-                kill() if kind == "step" else os.kill(os.getpid(), signal.SIGTERM)
+                kill() if kind == "step" else ask_to_stop()
             boundary(self)
 
         loop._StageRun._boundary = at_step

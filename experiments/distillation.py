@@ -1,0 +1,271 @@
+"""A teacher and students as stages: what the distillation methods share.
+
+A config has `teacher`, `student` and `arms`; each arm is one student, with its own loss, learning rate and epochs.
+The teacher's stage trains a network or takes it from a finished run; a student sees its logits live, or cached for a
+fixed bank of views.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import classification as cls
+from jkd import distill, metrics, nn, train
+from jkd.errors import UserError, unknown
+from jkd.train.ensemble import member
+
+TEACHERS = ("live", "cached")
+
+
+def selected_arms(config: ConfigDict) -> list[str]:
+    """The arms to run: `only`, or all; "teacher" alone trains no student."""
+    for name in config.only:
+        if name not in (*config.arms, "teacher"):
+            raise unknown("arm in config.only", name, (*config.arms, "teacher"))
+    return [name for name in config.only or config.arms if name != "teacher"]
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless `teacher.source` and the arms in `only` exist, and the seeds are a positive number."""
+    cls.member_keys(config)
+    selected_arms(config)
+    if config.teacher.source not in TEACHERS:
+        raise unknown("teacher.source", config.teacher.source, TEACHERS)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """What the stages of one config share."""
+
+    config: Any
+    task: cls.Task
+    views: cls.Views
+    teacher: Any
+    student: Any
+
+    @classmethod
+    def of(cls_, config: ConfigDict) -> "Setup":
+        """Loads the data and builds the models of a config."""
+        task = cls.load_task(config)
+        teacher, student = (cls.build_model(section, task) for section in (config.teacher, config.student))
+        return cls_(config, task, cls.make_views(config), teacher, student)
+
+    @property
+    def cached(self) -> bool:
+        """Whether students see cached logits of the teacher."""
+        return self.config.teacher.source == "cached"
+
+    def teach(self, variables: Any, images: jax.Array) -> jax.Array:
+        """The teacher's logits, in evaluation mode and without gradient."""
+        return jax.lax.stop_gradient(self.teacher.apply(variables, images, train=False).logits)
+
+    # One function object for all arms: equal programs then compile once.
+
+    @functools.cached_property
+    def bank_logits(self) -> Callable:
+        """For `sweep`: the teacher's logits for one view of a bank."""
+        return lambda args, batch, key: self.teach(
+            args["teacher"], bank_view(self.views, args["bank_key"], args["view"], batch["index"], batch["image"])
+        )
+
+    @functools.cached_property
+    def accuracies(self) -> dict[str, train.Evaluator]:
+        """The accuracies of a student."""
+        _, per_epoch = cls.steps_of(self.config, self.task, 1)
+        return cls.accuracy_evaluators(self.config, self.task, self.student, self.views, per_epoch)
+
+
+def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
+    """How the model that a stage publishes classifies images."""
+    setup = Setup.of(config)
+    return cls.classifier(setup.teacher if stage == "teacher" else setup.student, setup.task, setup.views)
+
+
+# --- the teacher ---
+
+
+def teacher_stage(setup: Setup, evaluators: Mapping[str, train.Evaluator] | None = None) -> train.Stage:
+    """The stage "teacher": a network for each seed trained by cross-entropy, or taken from `teacher.workdir`.
+
+    `evaluators` are added to the accuracies of a teacher that is trained.
+    """
+    if setup.config.teacher.workdir:
+        return load_teacher(setup)
+    return seeds(setup, train_teacher(setup, evaluators or {}))
+
+
+def seeds(setup: Setup, stage: train.Stage) -> train.Stage:
+    """A stage as an ensemble over the config's paired seeds."""
+    return train.ensemble(stage, keys=cls.member_keys(setup.config), mode=setup.config.ensemble)
+
+
+def train_teacher(setup: Setup, evaluators: Mapping[str, train.Evaluator]) -> train.Stage:
+    """A teacher trained by cross-entropy."""
+    config, section = setup.config, setup.config.teacher
+    steps, per_epoch = cls.steps_of(config, setup.task, section.epochs)
+    optimizer = cls.make_optimizer(section, section.lr, steps, per_epoch)
+
+    def step(key: jax.Array, state: Any, consts: Any, batch: Any, t: Any) -> Any:
+        images = setup.views.train(key, batch["image"])
+
+        def loss_fn(params: Any, batch: Any, key: Any) -> Any:
+            out, model_state = nn.apply_train(setup.teacher.apply, params, state.model_state, images)
+            correct = metrics.topk_correct(out.logits, batch["label"]).mean()
+            return distill.cross_entropy(out.logits, batch["label"]), train.Aux({"accuracy": correct}, model_state)
+
+        return train.make_train_step(loss_fn, optimizer)(state, batch, key)
+
+    return train.Stage(
+        "teacher",
+        steps,
+        prepare=lambda key, previous, sweep: setup.task.draw(key),
+        data=lambda consts: setup.task.source(consts, config.batch_size),
+        init=initializer(setup, setup.teacher, optimizer),
+        step=step,
+        publish=lambda state: state.variables,
+        evaluators={
+            **cls.accuracy_evaluators(config, setup.task, setup.teacher, setup.views, per_epoch),
+            **evaluators,
+        },
+    )
+
+
+def load_teacher(setup: Setup) -> train.Stage:
+    """A teacher from the finished run in `teacher.workdir`: one for all seeds, or one for each."""
+    config = setup.config
+    outcome = train.load_outcome(config.teacher.workdir, config.teacher.stage)
+    if outcome.members == 1:
+        outcome = dataclasses.replace(member(outcome, 0), members=0)
+    shapes = jax.eval_shape(lambda: nn.init(setup.teacher, jax.random.key(0), setup.task.shape))
+    check_teacher(outcome, shapes, config)
+    return train.Stage(
+        "teacher",
+        0,
+        prepare=lambda key, previous, sweep: {"variables": outcome.published},
+        init=lambda key, previous, consts: consts["variables"],
+        members=outcome.members,
+        key=cls.member_keys(config) if outcome.members else jax.random.key(config.seed),
+    )
+
+
+def check_teacher(outcome: train.Outcome, shapes: Any, config: ConfigDict) -> None:
+    """Raises UserError unless a stored teacher is the model, and of the classes and seeds, that the config names."""
+    if outcome.members not in (0, config.seeds):
+        raise UserError(
+            f"The teacher in {config.teacher.workdir} has {outcome.members} seeds and the config seeds="
+            f"{config.seeds}: set seeds={outcome.members}, or give a teacher that was trained with seeds=1."
+        )
+    stored = jax.tree.map(lambda x: x.shape[1:] if outcome.members else x.shape, outcome.published)
+    wanted = jax.tree.map(lambda x: x.shape, shapes)
+    if stored == wanted:
+        return
+    heads = [_head_sizes(shapes) for shapes in (stored, wanted)]
+    raise UserError(
+        f"The teacher in {config.teacher.workdir} is not the {config.teacher.model!r} of this config for this data "
+        f"set (its head has {heads[0][:1]} outputs, the config's {heads[1][:1]}). Teacher and students need the same "
+        "classes: set data.* and teacher.model to what the teacher was trained with."
+    )
+
+
+def _head_sizes(shapes: Any) -> list[int]:
+    leaves = jax.tree.leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return [shape[-1] for path, shape in leaves if "head" in str(path)]
+
+
+def initializer(setup: Setup, model: Any, optimizer: Any) -> Callable:
+    """`Stage.init` of one model."""
+
+    def init(key: jax.Array, previous: Any, consts: Any) -> train.TrainState:
+        return train.create_state(nn.init(model, key, setup.task.shape), optimizer)
+
+    return init
+
+
+# --- the students ---
+
+
+def student_stage(
+    setup: Setup,
+    name: str,
+    step: Callable[[Any, float], Callable],
+    more_consts: Callable = lambda consts, key, sweep: {},
+    evaluators: Mapping[str, train.Evaluator] | None = None,
+) -> train.Stage:
+    """The student of one arm, for each seed.
+
+    Args:
+      setup: of the config.
+      name: of the arm.
+      step: `(optimizer, steps per epoch) -> Stage.step`.
+      more_consts: `(consts, key, sweep) -> dict`: what the arm's step needs besides rows, teacher or cached logits.
+      evaluators: added to the accuracies.
+    """
+    config, arm = setup.config, setup.config.arms[name]
+    steps, per_epoch = cls.steps_of(config, setup.task, arm.epochs)
+    section = config.student.copy_and_resolve_references()
+    section.milestones = arm.milestones
+    optimizer = cls.make_optimizer(section, arm.lr, steps, per_epoch)
+
+    def prepare(key: jax.Array, previous: Mapping[str, train.Outcome], sweep: Callable) -> dict[str, Any]:
+        # The teacher's stage drew its rows from the same key.
+        consts: dict[str, Any] = setup.task.draw(key)
+        teacher, sweep_key = previous["teacher"].published, jax.random.fold_in(key, 1)
+        if setup.cached:
+            consts |= cache_logits(setup, teacher, consts, sweep_key, sweep)
+        else:
+            consts["teacher"] = teacher
+        return consts | more_consts(consts, sweep_key, sweep)
+
+    stage = train.Stage(
+        name,
+        steps,
+        needs=("teacher",),
+        prepare=prepare,
+        data=lambda consts: setup.task.source(consts, config.batch_size),
+        init=initializer(setup, setup.student, optimizer),
+        step=step(optimizer, per_epoch),
+        publish=lambda state: state.variables,
+        evaluators={**setup.accuracies, **(evaluators or {})},
+    )
+    return seeds(setup, stage)
+
+
+def bank_view(views: cls.Views, key: Any, view: Any, index: jax.Array, images: jax.Array) -> jax.Array:
+    """View `view` of each image: decided by the view's and the image's number alone, whatever the batch."""
+    view = jnp.broadcast_to(view, index.shape)
+
+    def one(number: Any, row: Any, image: jax.Array) -> jax.Array:
+        return views.train(jax.random.fold_in(jax.random.fold_in(key, number), row), image[None])[0]
+
+    return jax.vmap(one)(view, index, images)
+
+
+def cache_logits(setup: Setup, teacher: Any, consts: Any, key: jax.Array, sweep: Callable) -> dict[str, Any]:
+    """The teacher's logits for a fixed bank of views of the training rows, and where each row's are.
+
+    Returns `logits` [views, train rows, classes], `slot` (row of the pool -> its place in them), `bank_key`.
+    """
+    source = setup.task.part(consts, "train", setup.config.eval_batch_size)
+    logits = [
+        sweep(setup.bank_logits, {"teacher": teacher, "bank_key": key, "view": np.int32(v)}, source)
+        for v in range(setup.config.teacher.bank)
+    ]
+    slot = np.zeros(len(setup.task.pool), np.int32)
+    slot[consts["rows"]["train"]] = np.arange(setup.task.sizes["train"], dtype=np.int32)
+    return {"logits": np.stack(logits), "slot": slot, "bank_key": key}
+
+
+def look(setup: Setup, key: jax.Array, consts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The images of a step as the student sees them, and the teacher's logits for them."""
+    if setup.cached:
+        number = jax.random.randint(key, batch["index"].shape, 0, setup.config.teacher.bank)
+        images = bank_view(setup.views, consts["bank_key"], number, batch["index"], batch["image"])
+        return images, consts["logits"][number, consts["slot"][batch["index"]]]
+    images = setup.views.train(key, batch["image"])
+    return images, setup.teach(consts["teacher"], images)
