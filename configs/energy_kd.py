@@ -120,9 +120,9 @@ def fashion_lt(config: ConfigDict) -> None:
     config.data.mean, config.data.std = (0.286,), (0.353,)
     config.data.shift, config.data.flip = 2, True
     config.data.num_examples = 60000
-    config.teacher.update({"model": "cnn", "width": 24, "epochs": 20.0, "lr": 0.05})
-    config.student.update({"model": "cnn", "width": 4})
-    config.arms = all_arms(epochs=15.0, lr=0.05)
+    config.teacher.update({"model": "cnn", "width": 24, "epochs": 40.0, "lr": 0.2})
+    config.student.update({"model": "cnn", "width": 8})
+    config.arms = all_arms(epochs=30.0, lr=0.15)
     config.seeds = 5
 
 

@@ -131,7 +131,7 @@ def built():
     ("variant", "model", "classes", "seeds", "looped", "steps"),
     [
         ("default", nn.mlp(10, hidden=(24, 24)), 10, 8, False, {"teacher": 625, "kd": 625, "kd_long": 938}),
-        ("fashion_lt", nn.build("cnn", 10, width=4), 10, 5, True, {}),
+        ("fashion_lt", nn.build("cnn", 10, width=8), 10, 5, True, {}),
         ("cifar100", nn.build("resnet20", 100), 100, 1, True, {"energy_kd": 187500, "energy_kd_long": 281250}),
         ("cifar100_lt", nn.build("resnet20", 100), 100, 1, True, {}),
         ("imagenet", nn.build("resnet18", 1000), 1000, 1, True, {"teacher": 250228}),
