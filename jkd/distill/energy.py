@@ -110,6 +110,8 @@ def energy_temperature(
         T = t_high where E < e_low,    t_low where E > e_high,    t_mid elsewhere
 
     Both comparisons are strict, the first wins. No gradient passes. A NaN energy or threshold gives NaN.
+    This is the paper's rule; the authors' published code gives certain examples T = 2 and uncertain ones T = 6, which
+    is t_low=6, t_high=2 here.
 
     Args:
       energy: of the teacher, for the view of the image that the student sees.

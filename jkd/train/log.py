@@ -27,6 +27,11 @@ def jsonable(tree: Any) -> Any:
     return np.asarray(tree).tolist()
 
 
+def brief(metrics: Mapping[str, Any]) -> str:
+    """Metrics in one line, each as the mean over members."""
+    return ", ".join(f"{name} {np.mean(value):.4g}" for name, value in metrics.items()) or "no metrics"
+
+
 class JsonLines:
     """A file of JSON lines that can be cut back to where a checkpoint saw it.
 

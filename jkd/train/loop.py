@@ -17,7 +17,7 @@ from jkd.train import workdir as workdirs
 from jkd.train.checkpoint import Checkpoints, barrier, is_stored, load_meta, load_plain, remove_folder, save_plain
 from jkd.train.ensemble import member, previous_of, stack
 from jkd.train.finite import non_finite
-from jkd.train.log import Events, JsonLines, Meter, console, jsonable
+from jkd.train.log import Events, JsonLines, Meter, brief, console, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import read_outcome
@@ -158,7 +158,7 @@ class _StageRun:
             self._save_outcome()
         finally:
             self.checkpoints.close()
-        ctx.say(f"Stage {stage.name} is done: {_brief(self.metrics)}")
+        ctx.say(f"Stage {stage.name} is done: {brief(self.metrics)}")
 
     def _key(self) -> jax.Array:
         if self.stage.key is not None:
@@ -396,7 +396,3 @@ class _StageRun:
             self.events.close()
         save_plain(self.folder / "outcome", self._publish(), info, mesh=self.ctx.mesh, rules=self.ctx.rules)
         barrier(f"outcome-{self.index}")
-
-
-def _brief(metrics: Mapping[str, Any]) -> str:
-    return ", ".join(f"{n} {np.mean(v):.4g}" for n, v in metrics.items()) or "no metrics"
