@@ -1,6 +1,7 @@
 """Checkpoints that are atomic, verified leaf by leaf, and restored onto any mesh."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jkd.errors import UserError
 from jkd.train.mesh import path_name, place, tree_shardings
@@ -29,6 +31,8 @@ def is_key(leaf: Any) -> bool:
 def _fingerprint(leaf: jax.Array) -> jax.Array:
     # Sum of all bits, each weighted by an odd number from its position, modulo 2^32: integer sums do not
     # depend on the sharding, and an odd weight cannot hide a flipped bit.
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], -1)
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
     words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
@@ -60,7 +64,19 @@ def inspect_tree(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def _raw(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    # What orbax can write: no typed keys, and one number in place of an array without any.
+    def raw(x: Any) -> Any:
+        return jax.random.key_data(x) if is_key(x) else x if x.size else jnp.zeros(1, x.dtype)
+
+    return jax.tree.map(raw, tree)
+
+
+def _cooked(tree: Any, target: Any) -> Any:
+    # The inverse of `_raw`, for a target of shapes.
+    def cooked(x: Any, wanted: Any) -> Any:
+        return jax.random.wrap_key_data(x) if is_key(wanted) else x if wanted.size else x[:0].reshape(wanted.shape)
+
+    return jax.tree.map(cooked, tree, target)
 
 
 def _verify(tree: Any, written: dict[str, dict[str, Any]]) -> None:
@@ -89,7 +105,8 @@ def _encode(tree: Any, leaves: list[Any], where: str) -> Any:
         return {"dict": {name: _encode(tree[name], leaves, f"{where}/{name}") for name in sorted(tree)}}
     if isinstance(tree, jax.Array | np.ndarray | np.generic | int | float | bool):
         leaves.append(jnp.asarray(tree) if not isinstance(tree, jax.Array) else tree)
-        return {"array": len(leaves) - 1}
+        shape = leaves[-1].shape
+        return {"array": len(leaves) - 1} if math.prod(shape) else {"empty": [len(leaves) - 1, list(shape)]}
     raise UserError(
         f"{where} is a {type(tree).__name__}; what a stage prepares or publishes must be a plain tree of dicts, "
         "lists, tuples and arrays (a NamedTuple: x._asdict(); a TrainState: x.variables)."
@@ -105,6 +122,8 @@ def _decode(code: Any, leaves: list[Any]) -> Any:
     ((kind, value),) = code.items()
     if kind == "array":
         return leaves[value]
+    if kind == "empty":
+        return leaves[value[0]][:0].reshape(value[1])
     if kind == "dict":
         return {name: _decode(x, leaves) for name, x in value.items()}
     if kind == "none":
@@ -278,8 +297,7 @@ class Checkpoints:
         _check_leaves(raw, meta["leaves"], self._directory / str(step))
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(raw))).state
         _verify(tree, meta["leaves"])
-        wrapped = jax.tree.map(lambda x, t: jax.random.wrap_key_data(x) if is_key(t) else x, tree, target)
-        return wrapped, meta
+        return _cooked(tree, target), meta
 
     @property
     def _corrupt(self) -> epath.Path:
@@ -326,7 +344,8 @@ def remove_folder(directory: epath.Path) -> None:
 
 def _raw_target(leaf: Any) -> Any:
     if not is_key(leaf):
-        return leaf
+        whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return leaf if leaf.size else jax.ShapeDtypeStruct((1,), leaf.dtype, sharding=whole)
     shape = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=leaf.sharding)
 
