@@ -25,12 +25,14 @@ class Task:
     Attributes:
       config: its `data` section.
       pool: the set that training and validation rows are drawn from.
-      test: the set that test rows are in (the pool itself where the data have one split).
+      test: the set of all test rows; it shares no row with the pool.
+      loader: how streamed sources read: {"workers", "prefetch"}.
     """
 
     config: Any
     pool: data.Dataset
     test: data.Dataset
+    loader: Any
 
     @property
     def num_classes(self) -> int:
@@ -53,12 +55,9 @@ class Task:
         if c.validation_examples:
             validation, rest = rest.split(c.validation_examples, seed=seed)
             rows["validation"] = validation.indices
-        if c.train_examples:
-            chosen, rest = rest.split(c.train_examples, seed=seed)
-        else:
-            chosen = rest
-        rows["train"] = chosen.long_tail(c.imbalance, seed=seed).indices if c.imbalance > 1 else chosen.indices
-        rows["test"] = self.test.indices if c.test_split else rest.indices
+        chosen = rest.split(c.train_examples, seed=seed)[0] if c.train_examples else rest
+        rows["train"] = chosen.long_tail(c.imbalance, seed=seed).indices if c.imbalance != 1 else chosen.indices
+        rows["test"] = self.test.indices
         return {name: np.asarray(index, np.int32) for name, index in rows.items()}
 
     @functools.cached_property
@@ -69,12 +68,12 @@ class Task:
     def source(self, consts: Any, batch_size: int) -> data.Source:
         """The training batches of a stage whose consts hold `rows` and `order`."""
         part = self.pool.subset(np.asarray(consts["rows"]["train"]))
-        return data.source(part, batch_size, seed=int(consts["order"]))
+        return data.source(part, batch_size, seed=int(consts["order"]), **self.loader)
 
     def part(self, consts: Any, name: str, batch_size: int) -> data.Source:
         """The "train", "validation" or "test" rows in order."""
         whole = self.test if name == "test" else self.pool
-        return data.source(whole.subset(np.asarray(consts["rows"][name])), batch_size, seed=None)
+        return data.source(whole.subset(np.asarray(consts["rows"][name])), batch_size, seed=None, **self.loader)
 
     def draw(self, key: jax.Array) -> dict[str, Any]:
         """The consts that `source` and `part` need, drawn from a stage's prepare key."""
@@ -83,16 +82,32 @@ class Task:
 
 
 def load_task(config: ConfigDict) -> Task:
-    """Loads the data of a config, or stand-ins of the same shape where `data.blank` is set (for plans)."""
-    c = config.data
+    """Loads the data of a config, or stand-ins of the same shape where `data.blank` is set (for plans).
+
+    Raises:
+      UserError: if the data cannot be loaded, test rows are among those to train on, or there is less than a batch.
+    """
+    c, loader = config.data, {"workers": config.loop.workers, "prefetch": config.loop.prefetch}
     if c.blank:
         shape, classes = tuple(c.shape), c.num_classes
         make = functools.partial(data.blank, shape=shape, num_classes=classes, name=c.name)
-        pool = make(c.num_examples)
-        return Task(c, pool, make(max(c.num_examples // 10, config.eval_batch_size)) if c.test_split else pool)
+        return Task(c, make(c.num_examples), make(max(c.num_examples // 10, config.eval_batch_size)), loader)
     load = functools.partial(data.load, c.name, data_dir=c.data_dir or None, image_size=c.image_size or None)
-    pool = load(c.train_split)
-    return Task(c, pool, load(c.test_split) if c.test_split else pool)
+    task = Task(c, load(c.train_split), load(c.test_split), loader)
+    for name in ("mean", "std"):
+        if len(c[name]) not in (1, task.shape[-1]):
+            raise UserError(f"data.{name} must be one number or one a channel ({task.shape[-1]}), got {len(c[name])}.")
+    if task.pool.overlaps(task.test):
+        raise UserError(
+            f"data.train_split={c.train_split!r} and data.test_split={c.test_split!r} of {c.name!r} share rows: give "
+            "splits that do not, such as 'train[:90%]' and 'train[90%:]'."
+        )
+    if task.sizes["train"] < config.batch_size:
+        raise UserError(
+            f"There are {task.sizes['train']} training rows, less than a batch: batch_size is {config.batch_size}. "
+            "Set a smaller batch_size, or more data.train_examples."
+        )
+    return task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +196,15 @@ def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoc
     """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
 
     `milestones` are epochs: the rate drops tenfold after each of them.
+
+    Raises:
+      UserError: for another schedule, or a milestone that is not positive.
     """
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(lr, num_steps)
     elif config.schedule == "steps":
+        if min(config.milestones, default=1) <= 0:
+            raise UserError(f"milestones must be epochs > 0 where schedule is 'steps', got {config.milestones}.")
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
         schedule = optax.piecewise_constant_schedule(lr, drops)
     else:

@@ -37,6 +37,13 @@ def check(config: ConfigDict) -> None:
     selected_arms(config)
     if config.teacher.source not in TEACHERS:
         raise unknown("teacher.source", config.teacher.source, TEACHERS)
+    if config.teacher.source == "cached" and config.data.image_size:
+        raise UserError(
+            "teacher.source=cached needs images of one size: those cropped to data.image_size are read in another crop "
+            "each time. Set teacher.source=live."
+        )
+    if config.teacher.bank < 1:
+        raise UserError(f"teacher.bank must be >= 1 views of each image, got {config.teacher.bank}.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

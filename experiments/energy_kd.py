@@ -64,6 +64,8 @@ def check(config: ConfigDict) -> None:
                 f"arms.{name}.low_rate and high_rate must be >= 0 and add up to at most 1, "
                 f"got {arm.low_rate} and {arm.high_rate}."
             )
+        if arm.mix == "high_energy" and not arm.high_rate > 0:
+            raise UserError(f"arms.{name}.high_rate must be > 0 where mix is 'high_energy', got {arm.high_rate}.")
         if arm.mix != "none" and config.teacher.source == "cached":
             raise UserError(f"arms.{name} mixes images, which cached logits do not cover: set teacher.source=live.")
 
@@ -191,7 +193,10 @@ def mix(arm: ConfigDict, key: jax.Array, images: Any, teacher_logits: Any, const
 
 
 def group_evaluator(setup: dst.Setup) -> train.Evaluator:
-    """The measured shares of the low- and high-energy groups among augmented training views."""
+    """The measured shares of the low- and high-energy groups among augmented views of the training rows.
+
+    Images of variable size are read as central crops here, as in every pass in order.
+    """
 
     def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, jax.Array]:
         # A fixed key for each batch: the first row's number.
@@ -248,5 +253,5 @@ CLAIMS = (
 )
 STUDIES = (
     studies.Study("digits", "configs/energy_kd.py", (0.001, 0.003, 0.01, 0.02, 0.05, 0.1), 4, CLAIMS),
-    studies.Study("fashion_lt", "configs/energy_kd.py:fashion_lt", (0.05, 0.15, 0.4, 1.0), 2, CLAIMS),
+    studies.Study("fashion_lt", "configs/energy_kd.py:fashion_lt", (0.15, 0.4, 1.0), 2, CLAIMS),
 )

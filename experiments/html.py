@@ -17,7 +17,7 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #ddd;
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .holds { color: #176d2f } .reversed { color: #a3231a } .open { color: #7a5c00 } img { max-width: 100% }
 """
-COLUMNS = ("claim", "the paper", "test", "effect", "95 % interval", "p", "seeds", "verdict")
+COLUMNS = ("claim", "the paper", "test", "effect", "95 % interval", "p", "p (Holm)", "seeds", "verdict")
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -61,16 +61,18 @@ def _claim(claim: Mapping[str, Any]) -> str:
     return f"<tr>{words}{numbers}<td class='{kind}'>{_text(claim['verdict'])}</td></tr>"
 
 
-def _numbers(claim: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _numbers(claim: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = claim["interval"]
-    p = "" if claim["p_value"] is None else f"{claim['p_value']:.3f}"
-    return f"{claim['effect']:+.2f}", f"[{low:+.2f}, {high:+.2f}]", p, str(claim["seeds"])
+    p = ("", "") if claim["p_value"] is None else (f"{claim['p_value']:.3f}", f"{claim['p_holm']:.3f}")
+    return f"{claim['effect']:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p, str(claim["seeds"])
 
 
 def _arms(study: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     lines = []
     for name, row in rows.items():
-        rate = study["rates"].get(name, "")
+        rate, tried = study["rates"].get(name, ""), [float(r) for r in study["tuning"].get(name, {})]
+        if rate in (min(tried, default=None), max(tried, default=None)):
+            rate = f"{rate} (the edge of those tried)"
         interval = "" if row["interval"] is None else "[{:.2f}, {:.2f}]".format(*row["interval"])
         cells = (rate, f"{row['mean']:.2f}", interval, f"{row['best_epoch_mean']:.2f}", row["seeds"])
         lines.append(f"<tr><td>{_text(name)}</td>" + "".join(f"<td class='n'>{_text(c)}</td>" for c in cells) + "</tr>")
@@ -88,7 +90,7 @@ def print_claims(results: Mapping[str, Any]) -> None:
                 console.print(f"{method}/{name}: not run: {study['not_run']}", soft_wrap=True, markup=False)
                 continue
             table = Table(title=f"{method}/{name}: claims (percentage points, paired by seed)")
-            for column in ("claim", "effect", "95 % interval", "p", "seeds", "verdict"):
+            for column in ("claim", "effect", "95 % interval", "p", "p (Holm)", "seeds", "verdict"):
                 table.add_column(column)
             for claim in study["claims"]:
                 numbers = [value.replace("[", r"\[") for value in _numbers(claim)]

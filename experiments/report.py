@@ -47,6 +47,8 @@ def show(results: Mapping[str, Any], workdir: str) -> None:
     """Prints the table of a run and saves its plot beside it."""
     console = table_console()
     for metric, rows in results["results"].items():
+        if not rows:
+            continue
         console.print(table(rows, metric))
         path = epath.Path(workdir) / "plot.png"
         path.write_bytes(plot(rows, metric, results["method"]))

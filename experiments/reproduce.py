@@ -19,9 +19,10 @@ from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
 from jkd.train import Preempted
 from jkd.train.log import console, jsonable
-from jkd.train.workdir import write_text
+from jkd.train.workdir import folder_of, write_text
 
 METHODS = ("energy_kd",)
+OWN_FIELDS = ("seed", "only", "teacher.workdir")
 
 
 class OutOfTimeError(UserError):
@@ -37,23 +38,50 @@ def main(argv: list[str] | None = None) -> None:
     for method in args.methods:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
+    check(args.methods or METHODS, overrides)
     cli.initialize(args)
     cli.use_compilation_cache()
     deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
     reproduce(args.methods or METHODS, args.out, deadline, overrides)
 
 
+def studies_of(method: str) -> Any:
+    """The studies that a method's module declares."""
+    return importlib.import_module(f"experiments.{method}").STUDIES
+
+
+def check(methods: Any, overrides: Mapping[str, Any]) -> None:
+    """Raises UserError for overrides that a study cannot run with, before anything is run or written."""
+    for name in overrides:
+        if name in OWN_FIELDS or (name.startswith("arms.") and name.endswith(".lr")):
+            raise UserError(f"--config.{name} is set by the studies themselves: leave it out.")
+    for method in methods:
+        for study in studies_of(method):
+            seeds = cli.load_config(study.config, overrides).seeds
+            if seeds < 2:
+                raise UserError(f"seeds={seeds}: differences between arms need at least 2 paired seeds.")
+
+
 def reproduce(
     methods: Any, out: epath.Path, deadline: float | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Runs the studies of the methods and writes the report; a study that cannot run says why."""
-    results: dict[str, Any] = {}
+    """Runs the studies of the methods and writes the report; a study that cannot run says why.
+
+    What the folder's report holds of other methods, and of studies that cannot run now, is kept.
+    """
+    out = folder_of(out)
+    file = out / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for method in methods:
-        results[method] = {}
-        for study in importlib.import_module(f"experiments.{method}").STUDIES:
-            results[method][study.name] = _study(method, study, out, deadline, overrides or {})
+        for study in studies_of(method):
+            found = _study(method, study, out, deadline, overrides or {})
+            kept = results.setdefault(method, {})
+            if "claims" in found or "claims" not in kept.get(study.name, {}):
+                kept[study.name] = found
+            else:
+                console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
             out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
+            write_text(file, json.dumps(jsonable(results), indent=1) + "\n")
             write_text(out / "report.html", html.page(results))
     html.print_claims(results)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
@@ -68,7 +96,7 @@ def _study(
         finished = workdir / "results.json"
         if not finished.exists() and deadline is not None and time.monotonic() > deadline:
             raise OutOfTimeError(f"stopped by --budget before cell {cell}; run the same command again to go on")
-        config = cli.load_config(study.config, {**changes, **overrides})
+        config = cli.load_config(study.config, {**overrides, **changes})
         console.print(f"[bold]{method}/{study.name}/{cell}[/bold]")
         return {"workdir": str(workdir), **train.run(config, str(workdir), show=False)}
 

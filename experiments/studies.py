@@ -8,6 +8,7 @@ import numpy as np
 
 from jkd import metrics
 from jkd.errors import UserError
+from jkd.train import NonFiniteError
 
 HOLDS, REVERSED, OPEN = "holds", "the reverse holds", "not at this scale"
 
@@ -83,38 +84,60 @@ def judge(claim: Claim, stages: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "test": test, **numbers, "p_value": float(pair.p_value), "seeds": int(pair.n), "verdict": verdict}
 
 
-def best_rates(runs: Mapping[float, Mapping[str, Any]], arms: Sequence[str]) -> dict[str, float]:
-    """Each arm's learning rate with the highest mean validation accuracy; ties go to the lower rate."""
-    chosen = {}
-    for arm in arms:
-        scores = {rate: float(np.mean(stages[arm]["metrics"][TUNE])) for rate, stages in sorted(runs.items())}
-        if not all(np.isfinite(list(scores.values()))):
-            raise UserError(f"Arm {arm!r} has no finite validation accuracy at one of the rates {list(scores)}.")
-        chosen[arm] = max(scores, key=lambda rate: scores[rate])
-    return chosen
+def best_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+    """Each arm's learning rate with the highest mean validation accuracy; ties go to the lower rate.
+
+    Raises:
+      UserError: if an arm diverged at every rate.
+    """
+    for arm, of in scores.items():
+        if not np.isfinite(list(of.values())).any():
+            raise UserError(f"Arm {arm!r} diverged at all of the rates {list(of)}: add lower ones to the study.")
+    return {arm: max(sorted(of), key=lambda rate: of[rate]) for arm, of in scores.items()}
 
 
 def run_study(study: Study, run: Callable[[str, Mapping[str, Any]], dict[str, Any]], arms: Sequence[str]) -> dict:
     """Runs the cells of a study through `run(cell name, overrides) -> results`, and judges its claims.
 
-    Cells: a teacher for tuning and one for the final runs, every rate on the tuning seeds, the tuned arms on the
-    final seeds. The tuning seeds draw other splits and initial parameters than the final ones.
+    Cells: a teacher for tuning and one for the final runs, every arm at every rate on the tuning seeds, the tuned arms
+    on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and the rates
+    are chosen by validation rows: no test row decides anything.
     """
     tuning = {**study.overrides, "seed": TUNING_SEED, "seeds": study.tuning_seeds}
     teacher = run("tuning-teacher", {**tuning, "only": ("teacher",)})
-    runs = {}
-    for rate in study.rates:
-        rates = {f"arms.{arm}.lr": rate for arm in arms}
-        runs[rate] = run(f"tuning-{rate:g}", {**tuning, **rates, "teacher.workdir": teacher["workdir"]})["stages"]
-    chosen = best_rates(runs, arms)
+
+    def score(arm: str, rate: float) -> float:
+        changes = {**tuning, "only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": teacher["workdir"]}
+        try:
+            stages = run(f"tuning-{arm}-{rate:g}", changes)["stages"]
+        except NonFiniteError:  # this arm diverges at this rate: a result like any other
+            return -np.inf
+        return float(np.mean(stages[arm]["metrics"][TUNE]))
+
+    scores = {arm: {rate: score(arm, rate) for rate in study.rates} for arm in arms}
+    chosen = best_rates(scores)
     teacher = run("teacher", {**study.overrides, "only": ("teacher",)})
     rates = {f"arms.{arm}.lr": rate for arm, rate in chosen.items()}
-    final = run("final", {**study.overrides, **rates, "teacher.workdir": teacher["workdir"]})
+    final = run("final", {**study.overrides, **rates, "only": tuple(arms), "teacher.workdir": teacher["workdir"]})
     stages = {**final["stages"], "teacher": teacher["stages"]["teacher"]}
     return {
         "config": study.config,
         "rates": chosen,
-        "tuning": {f"{rate:g}": {a: float(np.mean(s[a]["metrics"][TUNE])) for a in arms} for rate, s in runs.items()},
+        "tuning": {arm: _plain(of) for arm, of in scores.items()},
         "stages": stages,
-        "claims": [judge(claim, stages) for claim in study.claims],
+        "claims": judge_all(study.claims, stages),
     }
+
+
+def _plain(scores: Mapping[float, float]) -> dict[str, float | None]:
+    return {f"{rate:g}": score if np.isfinite(score) else None for rate, score in scores.items()}
+
+
+def judge_all(claims: Sequence[Claim], stages: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The verdicts of a study's claims, with the p-values adjusted for their number (Holm) beside the plain ones."""
+    rows = [judge(claim, stages) for claim in claims]
+    tested = [row for row in rows if row["p_value"] is not None]
+    if tested:
+        for row, value in zip(tested, metrics.holm([row["p_value"] for row in tested]), strict=True):
+            row["p_holm"] = float(value)
+    return rows

@@ -3,6 +3,7 @@
 python -m experiments.train --config configs/energy_kd.py --workdir runs/energy_kd [--config.arms.kd.lr=0.02]
 """
 
+import dataclasses
 import json
 import platform
 from importlib import metadata
@@ -41,6 +42,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
     for name in ("batch_size", "eval_batch_size"):  # before anything is written
         if name in config:
             check_batch_size(config[name], mesh, name)
+    options = {f.name: config.loop[f.name] for f in dataclasses.fields(train.LoopOptions) if f.name in config.loop}
     found = train.run(
         module.stages(config),
         workdir=workdir,
@@ -48,7 +50,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
         config=config.to_dict(),
         mesh=mesh,
         log_every=config.log_every,
-        options=train.LoopOptions(**config.loop),
+        options=train.LoopOptions(**options),
     )
     results = {
         "method": config.method,

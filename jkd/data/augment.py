@@ -53,7 +53,14 @@ def normalize(
     mean: Number | Sequence[Number],
     std: Number | Sequence[Number],
 ) -> Float[Array, "*batch height width channel"]:
-    """Returns (images / 255 - mean) / std in float32; `mean` and `std` in [0, 1] units, one or a channel."""
+    """Returns (images / 255 - mean) / std in float32; `mean` and `std` in [0, 1] units, one or a channel.
+
+    Raises:
+      UserError: if `mean` or `std` has another length than 1 or the channels.
+    """
+    for name, value in (("mean", mean), ("std", std)):
+        if np.size(value) not in (1, images.shape[-1]):
+            raise UserError(f"{name} must be one number or one a channel ({images.shape[-1]}), got {np.size(value)}.")
     dims = (1,) * (images.ndim - 1) + (-1,)
     center, scale = (jnp.asarray(value, jnp.float32).reshape(dims) for value in (mean, std))
     return (images.astype(jnp.float32) / 255 - center) / scale
@@ -159,7 +166,7 @@ def cutmix(
 ) -> Images:
     """Pastes a box of x_{permutation(i)} into each x_i; pixels are moved, so any dtype will do.
 
-    The box is [c - s//2, c - s//2 + s) along each axis, s = int(side sqrt(1 - lam)), clipped to the image;
+    The box is [c - h, c + h) along each axis, h = int(side sqrt(1 - lam)) // 2, clipped to the image;
     the share really pasted is `cutmix_share`. Yun et al., "CutMix", 2019, as in its code.
 
     Args:
@@ -245,7 +252,7 @@ def _draw_center(key: Array, count: int, size: Size) -> Array:
 def _cutmix_box(size: Size, lam: Array | float, center: Array | Sequence[int]) -> Array:
     side = jnp.sqrt(1 - jnp.atleast_1d(jnp.asarray(lam, jnp.float32)))[:, None] * jnp.array([[size[1], size[0]]])
     # The small term keeps 10 * sqrt(.64) from becoming 7 in float32.
-    sides = jnp.floor(side + 1e-4).astype(jnp.int32)
+    sides = 2 * (jnp.floor(side + 1e-4).astype(jnp.int32) // 2)
     return _box(size, jnp.atleast_2d(jnp.asarray(center, jnp.int32)), sides)
 
 

@@ -22,6 +22,7 @@ class Dataset:
       shape: (height, width, channels) of every image.
       rows: where the images are, shared by all data sets made from one another.
       indices: int32[N], the row of `rows` behind each example.
+      parts: the stored rows that `rows` are, as (split, first, last + 1); empty where nothing is stored.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Dataset:
     shape: tuple[int, int, int]
     rows: Rows
     indices: np.ndarray
+    parts: tuple[tuple[str, int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -55,6 +57,14 @@ class Dataset:
         in the stream of a training run, the random resized crop that (seed, position) decides.
         """
         return self.rows.read(self.indices[indices], seed, positions)
+
+    def overlaps(self, other: "Dataset") -> bool:
+        """Whether both were loaded from the same set with splits that share rows (all of `rows` counted)."""
+        return self.name == other.name and any(
+            split == name and max(start, first) < min(stop, last)
+            for split, start, stop in self.parts
+            for name, first, last in other.parts
+        )
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "Dataset":
         """Returns the examples `indices` of this set, in that order."""

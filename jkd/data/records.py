@@ -40,6 +40,8 @@ class RecordRows(Rows):
             del skipped["image"]
         self._records = _open(builder, split, skipped)
         self._labels_path = _labels_path(builder, split)
+        sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
+        self.parts = tuple((name, rows.start, rows.stop) for name, rows in slices(split, sizes))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -97,6 +99,10 @@ def find_builder(name: str, data_dir: str | None, known: tuple[str, ...]) -> tfd
             f"Unknown data set {name!r}.{close} Known: {', '.join(sorted(known))}, every TFDS name, "
             f"and sets prepared by TFDS in data_dir={data_dir!r}."
         ) from error
+    except (ValueError, AssertionError, ImportError) as error:
+        close = nearest(name, (*known, *tfds.list_builders(with_community_datasets=False)))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Data set {name!r} cannot be opened: {reason}{close}") from error
     folder = os.fspath(builder.data_path)
     if not prepared:
         where = f" --data_dir={data_dir}" if data_dir else ""
@@ -128,7 +134,8 @@ def slices(split: str, sizes: dict[str, int]) -> list[tuple[str, slice]]:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError) as error:
         raise split_error(split, sizes, error) from error
-    return [(part.splitname, slice(part.from_, part.to)) for part in parts]
+    ends = (sizes[part.splitname] if part.to is None else part.to for part in parts)
+    return [(part.splitname, slice(part.from_ or 0, end)) for part, end in zip(parts, ends, strict=True)]
 
 
 def split_error(split: str, known: Any, error: Exception) -> UserError:
@@ -149,7 +156,14 @@ def write_atomically(path: pathlib.Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         np.save(file, array)
+    os.chmod(file.name, 0o666 & ~_umask())  # temporary files are private; caches are shared
     os.replace(file.name, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -205,7 +219,8 @@ def _shape(name: str, stored: tuple[int | None, ...], image_size: int | None) ->
 def _labels_path(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
     """Where the labels of `split` are cached: a re-prepared set gets another place."""
     sizes = {name: (info.shard_lengths, info.num_bytes) for name, info in builder.info.splits.items()}
-    text = json.dumps([os.fspath(builder.data_path), split, sizes])
+    written = (pathlib.Path(builder.data_path) / "dataset_info.json").stat().st_mtime_ns
+    text = json.dumps([os.fspath(builder.data_path), split, sizes, written])
     return cache_dir() / "labels" / f"{builder.info.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
 
 

@@ -1,5 +1,6 @@
 """One door to every data set: bundled ones, IDX folders, and what TFDS has prepared."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -74,7 +75,8 @@ def load(
 
 def _dataset(name: str, records, in_memory: bool) -> Dataset:
     rows: Rows = records.in_memory() if in_memory else records
-    return Dataset(name, records.num_classes, records.shape, rows, np.arange(len(rows), dtype=np.int32))
+    everything = np.arange(len(rows), dtype=np.int32)
+    return Dataset(name, records.num_classes, records.shape, rows, everything, records.parts)
 
 
 def _idx_folder(name: str, data_dir: str | None) -> str | None:
@@ -88,13 +90,16 @@ def _idx_folder(name: str, data_dir: str | None) -> str | None:
 
 def _load_idx(name: str, split: str, folder: str) -> Dataset:
     if split in ("train", "test"):
-        return from_arrays(*read_idx_split(folder, split), num_classes=10, name=name)
+        one = from_arrays(*read_idx_split(folder, split), num_classes=10, name=name)
+        return dataclasses.replace(one, parts=((split, 0, len(one)),))
     if not set("[+") & set(split):
         raise unknown("split", split, ("train", "test", "all"))
     from jkd.data.records import slices
 
     whole = {part: read_idx_split(folder, part) for part in ("train", "test")}
     sizes = {part: len(labels) for part, (_, labels) in whole.items()}
-    parts = [[array[rows] for array in whole[part]] for part, rows in slices(split, sizes)]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return from_arrays(images, labels, num_classes=10, name=name)
+    chosen = slices(split, sizes)
+    pieces = [[array[rows] for array in whole[part]] for part, rows in chosen]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    joined = from_arrays(images, labels, num_classes=10, name=name)
+    return dataclasses.replace(joined, parts=tuple((part, rows.start, rows.stop) for part, rows in chosen))

@@ -44,7 +44,8 @@ def select_high_energy(
     """The uncertain examples of a batch (E > e_high), in `capacity` slots.
 
     Uncertain examples come first, in random order; where there are more than slots, chance decides which
-    stay out. The slots left over hold other examples of the batch with weight 0. No index comes twice.
+    stay out. The slots left over repeat the uncertain examples with weight 0, so that batch normalization sees
+    uncertain examples only; with fewer than two of those they hold other examples of the batch.
 
     The augmentation of a batch then reads, with any `mixer(images, partners, ...)` that mixes image i with
     image partners[i] (CutMix, MixUp) and T = 4:
@@ -78,9 +79,12 @@ def select_high_energy(
     hard = energy > e_high
     order = jax.random.permutation(key, energy.size)
     # A stable sort of the shuffled flags: hard ones first, both parts in random order.
-    order = order[jnp.argsort(~hard[order])][:capacity].astype(jnp.int32)
+    order = order[jnp.argsort(~hard[order])].astype(jnp.int32)
+    slot, count = jnp.arange(capacity), hard.sum()
+    valid = slot < count
+    indices = order[jnp.where(valid | (count < 2), slot, slot % jnp.maximum(count, 1))]
     unknown = jnp.isnan(energy).any() | jnp.isnan(jnp.asarray(e_high))
-    return HighEnergySelection(order, jnp.where(unknown, jnp.nan, hard[order].astype(energy.dtype)))
+    return HighEnergySelection(indices, jnp.where(unknown, jnp.nan, valid.astype(energy.dtype)))
 
 
 def high_energy_partners(key: PRNGKeyArray, weights: Float[Tensor, "capacity"]) -> Int[Array, "capacity"]:

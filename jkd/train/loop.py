@@ -104,7 +104,7 @@ def run(
     if log_every < 1:
         raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
     mesh = make_mesh() if mesh is None else mesh
-    folder = epath.Path(workdir)
+    folder = workdirs.folder_of(workdir)
     workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
     with StopRequest() as stop:
         key = jax.random.key(seed)

@@ -13,6 +13,7 @@ from jkd.train.ensemble import member
 from jkd.train.mesh import DEFAULT_RULES, Rules, make_mesh, place
 from jkd.train.passes import Residents, evaluate, evaluate_members
 from jkd.train.stage import Outcome, Stage
+from jkd.train.workdir import folder_of
 
 
 def load_outcome(
@@ -30,7 +31,7 @@ def load_outcome(
 
 def finished_stages(workdir: str | os.PathLike) -> dict[str, epath.Path]:
     """The folders of a run's finished stages by name, in the order of the run."""
-    folders = sorted((epath.Path(workdir) / "stages").glob("[0-9][0-9]-*"))
+    folders = sorted((folder_of(workdir) / "stages").glob("[0-9][0-9]-*"))
     return {folder.name[3:]: folder for folder in folders if is_stored(folder / "outcome")}
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,12 @@ from jkd.train.checkpoint import barrier
 
 # These fields say how a run is executed, not what it computes: they may change between restarts.
 EXECUTION_FIELDS = ("mesh", "loop")
+
+
+def folder_of(path: str | os.PathLike) -> epath.Path:
+    """The absolute form of a path: checkpoints need one. Remote paths (`gs://...`) are as they are."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,15 @@ MISTAKES = [
     ("log_every=0", "log_every must be >= 1 steps, got 0."),
     ("data.name=digits8x9", "Unknown data set 'digits8x9'. Did you mean 'digits8x8'?"),
     ("data.train_split=tran", "Unknown split 'tran'. Did you mean 'train'?"),
-    ("data.train_examples=2000", "must leave both parts of 'digits8x8' (1749 examples) non-empty, got 2000."),
+    ("data.train_examples=2000", "must leave both parts of 'digits8x8' (1249 examples) non-empty, got 2000."),
+    ("data.train_examples=12", "There are 12 training rows, less than a batch: batch_size is 16."),
+    ("data.test_split=train[:9]", "data.train_split='train' and data.test_split='train[:9]' of 'digits8x8' share rows"),
+    ("data.imbalance=0.02", "imbalance_factor must be >= 1"),
+    ("data.name=digits-8x8", "Data set 'digits-8x8' cannot be opened: "),
+    ("data.mean=0.5,0.5,0.5", "data.mean must be one number or one a channel (1), got 3."),
+    ("teacher.bank=0", "teacher.bank must be >= 1 views of each image, got 0."),
+    ("arms.kd_he_da.high_rate=0", "arms.kd_he_da.high_rate must be > 0 where mix is 'high_energy', got 0.0."),
+    ("teacher.schedule=steps", "milestones must be epochs > 0 where schedule is 'steps', got (0,)."),
     ("data.blank=true", "data.blank stands in for the data in plans only"),
 ]
 
@@ -123,7 +131,8 @@ def test_data_that_is_not_array_record(prepared, refused, untouched, tmp_path):
 
 def test_a_teacher_of_other_classes_or_seeds(smoke, prepared, refused, untouched):
     taken = ("--config", SMOKE, "--workdir", untouched() / "run", f"--config.teacher.workdir={smoke[0]}")
-    other = (f"--config.data.data_dir={prepared}", "--config.data.name=tiny", "--config.data.train_split=train")
+    other = (f"--config.data.data_dir={prepared}", "--config.data.name=tiny")
+    other += ("--config.data.train_split=train[:400]", "--config.data.test_split=train[400:]")
     line = refused(train.main, *taken, *other)
     assert (
         "(its head has [10] outputs, the config's [4]). Teacher and students need the same classes: set data.*" in line

@@ -4,13 +4,15 @@ import dataclasses
 import json
 import pathlib
 import time
+from html import escape
 
 import numpy as np
 import pytest
 from etils import epath
 
-from experiments import distillation, energy_kd, html, reproduce, studies
+from experiments import cli, distillation, energy_kd, html, reproduce, studies
 from jkd.errors import UserError
+from jkd.train import NonFiniteError
 from jkd.train.workdir import flatten
 
 CLAIM = studies.Claim("ours beats theirs", better="ours", worse="theirs")
@@ -66,20 +68,19 @@ def test_verdicts_of_values(inside, verdict):
     assert row["p_value"] is None
 
 
+CLAIM_OF_VALUE = studies.Claim("above 50", value=("ours", "test/top1"), inside=(50.0, 60.0))
+
+
 def tuned(**scores):
     return {name: {"metrics": {"validation/top1": v}} for name, v in scores.items()}
 
 
 def test_each_arm_gets_its_best_rate_and_ties_the_lower():
-    runs = {
-        0.1: tuned(a=[60, 70], b=[50, 50]),
-        0.01: tuned(a=[66, 66], b=[50, 50]),
-        0.03: tuned(a=[60, 60], b=[40, 41]),
-    }
-    assert studies.best_rates(runs, ["a", "b"]) == {"a": 0.01, "b": 0.01}
-    assert studies.best_rates({0.1: tuned(a=[70]), 0.01: tuned(a=[66])}, ["a"]) == {"a": 0.1}
-    with pytest.raises(UserError, match="Arm 'a' has no finite validation accuracy"):
-        studies.best_rates({0.1: tuned(a=[70, np.nan])}, ["a"])
+    scores = {"a": {0.1: 65.0, 0.01: 66.0, 0.03: 60.0}, "b": {0.1: 50.0, 0.01: 50.0, 0.03: -np.inf}}
+    assert studies.best_rates(scores) == {"a": 0.01, "b": 0.01}
+    assert studies.best_rates({"a": {0.1: 70.0, 0.01: 66.0}}) == {"a": 0.1}
+    with pytest.raises(UserError, match="Arm 'a' diverged at all of the rates"):
+        studies.best_rates({"a": {0.1: -np.inf}})
 
 
 STUDY = studies.Study(
@@ -92,8 +93,11 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
 
     def run(cell, overrides):
         calls[cell] = dict(overrides)
-        rate = overrides.get("arms.ours.lr", 0)
-        stages = tuned(ours=[rate, rate], theirs=[-rate, -rate]) | {"teacher": {"metrics": {"test/top1": [99.0] * 3}}}
+        if cell == "tuning-theirs-0.1":
+            raise NonFiniteError("loss is not finite")
+        rates = [overrides.get(f"arms.{arm}.lr", 0) for arm in ("ours", "theirs")]
+        stages = tuned(ours=[rates[0]] * 2, theirs=[rates[1]] * 2)
+        stages |= {"teacher": {"metrics": {"test/top1": [99.0] * 3}}}
         if cell == "final":
             stages |= arms(ours=52 + SPREAD, theirs=[50.0] * 3)
         return {"workdir": f"/cells/{cell}", "stages": stages}
@@ -103,13 +107,21 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
     taught = {"teacher.workdir": "/cells/tuning-teacher"}
     assert calls == {
         "tuning-teacher": {**own, **tuning, "only": ("teacher",)},
-        "tuning-0.01": {**own, **tuning, **taught, "arms.ours.lr": 0.01, "arms.theirs.lr": 0.01},
-        "tuning-0.1": {**own, **tuning, **taught, "arms.ours.lr": 0.1, "arms.theirs.lr": 0.1},
+        "tuning-ours-0.01": {**own, **tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.01},
+        "tuning-ours-0.1": {**own, **tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.1},
+        "tuning-theirs-0.01": {**own, **tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.01},
+        "tuning-theirs-0.1": {**own, **tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.1},
         "teacher": {**own, "only": ("teacher",)},
-        "final": {**own, "arms.ours.lr": 0.1, "arms.theirs.lr": 0.01, "teacher.workdir": "/cells/teacher"},
+        "final": {
+            **own,
+            "arms.ours.lr": 0.1,
+            "arms.theirs.lr": 0.01,
+            "only": ("ours", "theirs"),
+            "teacher.workdir": "/cells/teacher",
+        },
     }
     assert found["rates"] == {"ours": 0.1, "theirs": 0.01}
-    assert found["tuning"] == {"0.01": {"ours": 0.01, "theirs": -0.01}, "0.1": {"ours": 0.1, "theirs": -0.1}}
+    assert found["tuning"] == {"ours": {"0.01": 0.01, "0.1": 0.1}, "theirs": {"0.01": 0.01, "0.1": None}}
     assert [claim["verdict"] for claim in found["claims"]] == [studies.HOLDS]
     assert found["stages"]["teacher"]["metrics"]["test/top1"] == [99.0] * 3
 
@@ -122,12 +134,14 @@ def stage(values, **more):
 
 def test_the_page_escapes_and_holds_every_claim():
     rows = [
-        {**judged(2 + SPREAD), "claim": "<b>ours</b> & theirs"},
-        {**judged(-2 + SPREAD), "claim": "second"},
+        {**judged(2 + SPREAD), "claim": "<b>ours</b> & theirs", "p_holm": 0.5},
+        {**judged(-2 + SPREAD), "claim": "second", "p_holm": 0.5},
         {**judged(SPREAD), "claim": "third", "p_value": None},
     ]
     stages = {name: stage(50 + SPREAD) for name in ("teacher", "kd", "ours")}
-    good = {"config": "a.py", "rates": {"kd": 0.01, "ours": 0.1}, "stages": stages, "claims": rows}
+    tuning = {"kd": {"0.001": 49.0, "0.01": 50.0, "0.1": None}, "ours": {"0.01": 49.0, "0.1": 50.0}}
+    rates = {"kd": 0.01, "ours": 0.1}
+    good = {"config": "a.py", "rates": rates, "tuning": tuning, "stages": stages, "claims": rows}
     page = html.page({"energy_kd": {"digits": good, "large": {"config": "b.py", "not_run": "no <data>"}}})
     assert "&lt;b&gt;ours&lt;/b&gt; &amp; theirs" in page
     assert "<b>ours" not in page
@@ -137,6 +151,7 @@ def test_the_page_escapes_and_holds_every_claim():
     assert "[+1.75, +2.25]" in page
     assert "Not run: no &lt;data&gt;" in page
     assert "src='data:image/png;base64,iVBOR" in page
+    assert page.count("(the edge of those tried)") == 1
     assert page.count("http") == 0  # nothing is loaded from elsewhere
 
 
@@ -163,7 +178,8 @@ def made_up(monkeypatch):
     return begun
 
 
-CELLS = ["tuning-teacher", "tuning-0.01", "tuning-0.1", "teacher", "final"]
+ARMS = list(cli.load_config(STUDY.config).arms)
+CELLS = ["tuning-teacher", *(f"tuning-{arm}-{rate}" for arm in ARMS for rate in (0.01, 0.1)), "teacher", "final"]
 
 
 def test_reproduce_writes_its_report(made_up, tmp_path, capsys):
@@ -176,7 +192,7 @@ def test_reproduce_writes_its_report(made_up, tmp_path, capsys):
     assert verdicts["Energy DKD beats DKD"] == studies.HOLDS
     assert verdicts["low energy goes with high confidence (rank correlation)"] == studies.HOLDS
     page = (tmp_path / "report.html").read_text()
-    assert all(claim.text in page for claim in energy_kd.CLAIMS)
+    assert all(escape(claim.text) in page for claim in energy_kd.CLAIMS)
     assert "Energy DKD beats DKD" in capsys.readouterr().out
     cell = json.loads((tmp_path / "cells" / "energy_kd" / "tiny" / "final" / "results.json").read_text())
     assert cell["config"]["seeds"] == 3
@@ -205,10 +221,44 @@ def test_reproduce_stops_by_its_budget_and_goes_on(made_up, tmp_path, capsys):
         patch.setattr(reproduce.train, "run", two)
         reproduce.reproduce(["energy_kd"], epath.Path(tmp_path), deadline)
     assert made_up == CELLS[:2]
-    assert "before cell tuning-0.1" in capsys.readouterr().err
+    assert f"before cell {CELLS[2]}" in capsys.readouterr().err
     begin(["energy_kd", "--out", str(tmp_path)])
     assert made_up == CELLS
     assert "claims" in json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]
+
+
+def test_a_finished_report_survives_what_cannot_run(made_up, tmp_path, capsys, monkeypatch):
+    reproduce.main(["energy_kd", "--out", str(tmp_path)])
+    other = {"large": {"config": "b.py", "not_run": "no data"}}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"another": other}))
+    before = json.loads(file.read_text())
+    monkeypatch.setattr(reproduce, "run_study", lambda *args: (_ for _ in ()).throw(UserError("the disk is gone")))
+    reproduce.main(["energy_kd", "--out", str(tmp_path)])
+    assert json.loads(file.read_text()) == before
+    assert "the disk is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=3", "--config.seed is set by the studies themselves"),
+        ("only=ce,kd", "--config.only is set by the studies themselves"),
+        ("arms.kd.lr=0.3", "--config.arms.kd.lr is set by the studies themselves"),
+        ("sedes=3", "Did you mean 'seeds'?"),
+        ("seeds=1", "seeds=1: differences between arms need at least 2 paired seeds."),
+    ],
+)
+def test_overrides_that_no_study_can_run_with(override, says, refused, untouched):
+    assert says in refused(reproduce.main, "energy_kd", "--out", untouched() / "out", f"--config.{override}")
+
+
+def test_p_values_are_adjusted_for_their_number():
+    spread = np.array([0.9, 1.0, 1.1, 1.2, 0.8])
+    stages = arms(ours=50 + spread, theirs=[50.0] * 5)
+    one, two, value = studies.judge_all([CLAIM, CLAIM, CLAIM_OF_VALUE], stages)
+    assert one["p_holm"] == two["p_holm"] == min(1.0, 2 * one["p_value"])
+    assert "p_holm" not in value
 
 
 def test_reproduce_refuses_unknown_methods(refused, untouched):
@@ -217,8 +267,6 @@ def test_reproduce_refuses_unknown_methods(refused, untouched):
 
 
 def test_the_shipped_studies_name_real_arms():
-    from experiments import cli
-
     for study in energy_kd.STUDIES:
         config = cli.load_config(study.config)
         for claim in study.claims:
