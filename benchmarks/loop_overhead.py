@@ -52,12 +52,12 @@ class TimedSource(data.MemorySource):
         super().__post_init__()
         object.__setattr__(self, "times", [])
 
-    def iterate(self, start, stop, process=0, processes=1):
+    def iterate(self, start, stop, rows=None):
         """Yields what crosses, and notes the time before each."""
         self.times.clear()
         for t in range(start, stop):
             self.times.append(time.perf_counter())
-            yield self.local(t, process, processes)
+            yield self.local(t, rows)
 
 
 def make_stage(batch: int, width: int, num_steps: int) -> tuple[train.Stage, TimedSource]:

@@ -123,6 +123,8 @@ def _parse(value: Any, like: Any) -> Any:
         items = [item.strip() for item in value.strip("()").split(",") if item.strip()]
         return tuple(_parse(item, like[0]) if like else item for item in items)
     parsed = ast.literal_eval(value)
+    if parsed is None or isinstance(parsed, bool):
+        return value  # refused by the config, which wants a number here
     return float(parsed) if isinstance(like, float) and isinstance(parsed, int) else parsed
 
 
@@ -175,13 +177,17 @@ def parse(
 
 def initialize(args: argparse.Namespace) -> None:
     """Joins the process group, where there is one; the only place that does."""
+    if (args.num_processes is not None or args.process_id is not None) and not args.coordinator:
+        raise UserError("--num-processes and --process-id need --coordinator HOST:PORT, the address of process 0.")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if getattr(jax.config, "jax_num_cpu_devices", 0) > 1 or "host_platform_device_count" in flags:
+        # Virtual devices outnumber cores: steps in flight at once could starve a collective of threads. Only a CPU
+        # backend that does not exist yet heeds this.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if args.coordinator:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     elif args.distributed:
         jax.distributed.initialize()
-    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
-        # Virtual devices outnumber cores: steps in flight at once could starve a collective of threads.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def use_compilation_cache() -> None:

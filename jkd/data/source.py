@@ -85,12 +85,8 @@ class Source(abc.ABC):
         """Makes the batch of `resident` and what `crossed`: traced; one function for each kind of source."""
 
     @abc.abstractmethod
-    def local(self, t: int, process: int = 0, processes: int = 1) -> Tree:
-        """Returns what crosses to the devices at step `t`: the rows of this process, in a contiguous block.
-
-        Raises:
-          UserError: if `processes` does not divide the batch size.
-        """
+    def local(self, t: int, rows: np.ndarray | None = None) -> Tree:
+        """Returns what crosses to the devices at step `t`: `rows` of the global batch (int[n]; None: all)."""
 
     def batch(self, t: int) -> Tree:
         """Returns the whole global batch of step `t`, assembled on the default device."""
@@ -104,28 +100,21 @@ class Source(abc.ABC):
         """
         return dataclasses.replace(self, seed=None, batch_size=batch_size or self.batch_size)
 
-    def iterate(self, start: int, stop: int, process: int = 0, processes: int = 1) -> Iterator[Tree]:
-        """Yields local(t) for t in start..stop-1."""
-        return (self.local(t, process, processes) for t in range(start, stop))
+    def iterate(self, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Tree]:
+        """Yields local(t, rows) for t in start..stop-1."""
+        return (self.local(t, rows) for t in range(start, stop))
 
     def _resident_on_device(self) -> Tree:
         return {}
 
-    def _positions(self, t: int, process: int, processes: int) -> tuple[int, int]:
-        """The range of the endless stream that `process` takes of step `t`."""
-        share, rest = divmod(self.batch_size, processes)
-        if rest or not 0 <= process < processes:
-            raise UserError(
-                f"batch_size must be a multiple of the {processes} processes (this one is {process}), "
-                f"got {self.batch_size}."
-            )
-        start = t * self.batch_size + process * share
-        return start, start + share
+    def _rows(self, t: int, rows: np.ndarray | None) -> np.ndarray:
+        """The row numbers, int32[n], of these rows of batch `t`."""
+        batch = self._batch_rows(t)
+        return batch if rows is None else batch[rows]
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        """The rows, int32[stop - start], at these positions of the stream."""
-        epoch, offset = divmod(start, self.num_examples)
-        count = stop - start
+    def _batch_rows(self, t: int) -> np.ndarray:
+        epoch, offset = divmod(t * self.batch_size, self.num_examples)
+        count = self.batch_size
         if offset + count <= self.num_examples:
             return self._epoch(epoch)[offset : offset + count]
         pieces = [self._epoch(epoch)[offset:]]
@@ -163,9 +152,9 @@ class MemorySource(Source):
         """All rows of the loaded set, {"image", "label"}: subsets of it share them."""
         return self.dataset.rows.arrays  # type: ignore[return-value]
 
-    def local(self, t: int, process: int = 0, processes: int = 1) -> Tree:
-        """Returns {"index": int32[B / processes]}."""
-        return {"index": self._rows(*self._positions(t, process, processes))}
+    def local(self, t: int, rows: np.ndarray | None = None) -> Tree:
+        """Returns {"index": int32[n]}."""
+        return {"index": self._rows(t, rows)}
 
     def _resident_on_device(self) -> Tree:
         return self.dataset.rows.on_device  # type: ignore[attr-defined]
@@ -189,19 +178,17 @@ class StreamSource(Source):
         if self.workers < 1 or self.prefetch < 1:
             raise UserError(f"workers and prefetch must be at least 1, got {self.workers} and {self.prefetch}.")
 
-    def local(self, t: int, process: int = 0, processes: int = 1) -> Tree:
-        """Reads this process's rows: {"image", "label", "index"}."""
-        start, stop = self._positions(t, process, processes)
-        rows = self._rows(start, stop)
-        batch = self.dataset.rows.read(rows, self.seed, np.arange(start, stop))
-        return batch | {"index": rows}
+    def local(self, t: int, rows: np.ndarray | None = None) -> Tree:
+        """Reads these rows: {"image", "label", "index"}."""
+        index = self._rows(t, rows)
+        positions = t * self.batch_size + (np.arange(self.batch_size) if rows is None else rows)
+        return self.dataset.rows.read(index, self.seed, positions) | {"index": index}
 
-    def iterate(self, start: int, stop: int, process: int = 0, processes: int = 1) -> Iterator[Tree]:
-        """Yields local(t) for t in start..stop-1, read ahead by threads."""
+    def iterate(self, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Tree]:
+        """Yields local(t, rows) for t in start..stop-1, read ahead by threads."""
         import grain
 
-        self._positions(start, process, processes)  # complains here, not in a thread
-        steps = grain.MapDataset.range(start, stop).map(lambda t: self.local(int(t), process, processes))
+        steps = grain.MapDataset.range(start, stop).map(lambda t: self.local(int(t), rows))
         options = grain.ReadOptions(num_threads=self.workers, prefetch_buffer_size=self.prefetch)
         return iter(steps.to_iter_dataset(options))
 

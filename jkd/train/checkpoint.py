@@ -1,5 +1,6 @@
 """Checkpoints that are atomic, verified leaf by leaf, and restored onto any mesh."""
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jkd.errors import UserError
-from jkd.train.mesh import path_name, place, tree_shardings
+from jkd.train.mesh import path_name, place_leaf, sharding_of
+from jkd.train.processes import barrier, worst
 
+PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EACCES)
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -74,9 +76,18 @@ def _raw(tree: Any) -> Any:
 def _cooked(tree: Any, target: Any) -> Any:
     # The inverse of `_raw`, for a target of shapes.
     def cooked(x: Any, wanted: Any) -> Any:
-        return jax.random.wrap_key_data(x) if is_key(wanted) else x if wanted.size else x[:0].reshape(wanted.shape)
+        if is_key(wanted):
+            return jax.random.wrap_key_data(x, impl=_impl(wanted))
+        return x if wanted.size else x[:0].reshape(wanted.shape)
 
     return jax.tree.map(cooked, tree, target)
+
+
+def _impl(keys: Any) -> str:
+    # Traced, because the target is a ShapeDtypeStruct, which `key_impl` does not take.
+    found: list[str] = []
+    jax.eval_shape(lambda x: found.append(str(jax.random.key_impl(x))), keys)
+    return found[0]
 
 
 def _verify(tree: Any, written: dict[str, dict[str, Any]]) -> None:
@@ -85,10 +96,16 @@ def _verify(tree: Any, written: dict[str, dict[str, Any]]) -> None:
             raise CorruptCheckpointError(f"{name} was altered on disk (fingerprints differ)")
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes (nothing to do for one)."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def check_no_nan(tree: Any, when: str) -> dict[str, dict[str, Any]]:
+    """Inspects a state (see `inspect_tree`) and raises UserError if it holds a NaN: it must not be stored."""
+    leaves = inspect_tree(_raw(tree))
+    bad = [name for name, leaf in leaves.items() if leaf["nan"]]
+    if bad:
+        raise UserError(
+            f"{when}: the state holds NaN in {', '.join(bad[:3])}{' ...' if bad[3:] else ''}; "
+            "it was not saved. Lower the learning rate, or look at the last good checkpoint."
+        )
+    return leaves
 
 
 # --- plain trees: dicts, lists, tuples and arrays, restorable without the code that made them ---
@@ -141,19 +158,26 @@ def save_plain(directory: epath.Path, tree: Any, meta: dict[str, Any], *, mesh: 
         raise UserError(f"{directory} exists already; a stored result is never overwritten.")
     leaves: list[Any] = []
     structure = _encode(tree, leaves, directory.name)
-    arrays = {f"{i}": leaf for i, leaf in enumerate(place(_raw(leaves), mesh, rules))}
-    info = {
-        "structure": structure,
-        "leaves": inspect_tree(arrays),
-        "keys": [is_key(x) for x in leaves],
-        **meta,
-    }
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+    keys = [str(jax.random.key_impl(x)) if is_key(x) else None for x in leaves]
+    raw = _raw(leaves)
+    shardings = _layout(names, keys, [x.shape for x in raw], mesh, rules)
+    arrays = {f"{i}": place_leaf(x, s) for i, (x, s) in enumerate(zip(raw, shardings, strict=True))}
+    info = {"structure": structure, "names": names, "leaves": inspect_tree(arrays), "keys": keys, **meta}
     items: dict[str, Any] = {"meta": ocp.args.JsonSave(info)}
     if arrays:
         items["arrays"] = ocp.args.StandardSave(arrays)
     _remove_unfinished(directory)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.Composite(**items))
+
+
+def _layout(names: list[str], keys: list[str | None], shapes: list[tuple[int, ...]], mesh: Any, rules: Any) -> list:
+    # By the names that the leaves have in their tree; the data of keys are small and stay whole.
+    return [
+        sharding_of(name, shape, mesh, () if key else rules)
+        for name, key, shape in zip(names, keys, shapes, strict=True)
+    ]
 
 
 def _remove_unfinished(directory: epath.Path) -> None:
@@ -183,21 +207,28 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
     """
     try:
         info = load_meta(directory)
-        shapes = {
-            name: jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"])) for name, leaf in info["leaves"].items()
+        stored = [info["leaves"][f"{i}"] for i in range(len(info["names"]))]
+        shardings = _layout(info["names"], info["keys"], [tuple(leaf["shape"]) for leaf in stored], mesh, rules)
+        targets = {
+            f"{i}": jax.ShapeDtypeStruct(leaf["shape"], jnp.dtype(leaf["dtype"]), sharding=sharding)
+            for i, (leaf, sharding) in enumerate(zip(stored, shardings, strict=True))
         }
-        _check_precision(directory, shapes)
-        arrays = _restore(directory, shapes, mesh, rules) if shapes else {}
+        _check_precision(directory, targets)
+        arrays = _restore(directory, targets) if targets else {}
         _verify(arrays, info["leaves"])
     except UserError:
         raise
     except Exception as error:
+        if _passing(error):
+            raise UserError(f"{directory} cannot be read now: {_first_line(error)}. Nothing was changed.") from error
         raise UserError(
             f"The stored result {directory} cannot be used: {_first_line(error)}. "
             "Remove the stage's folder to train that stage again."
         ) from error
-    leaves = [arrays[f"{i}"] for i in range(len(shapes))]
-    leaves = [jax.random.wrap_key_data(x) if k else x for x, k in zip(leaves, info["keys"], strict=True)]
+    leaves = [
+        arrays[f"{i}"] if key is None else jax.random.wrap_key_data(arrays[f"{i}"], impl=key)
+        for i, key in enumerate(info["keys"])
+    ]
     return _decode(info["structure"], leaves), info
 
 
@@ -207,14 +238,16 @@ def _check_precision(directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStru
         raise UserError(f"{directory} holds {', '.join(wide)} arrays: set JAX_ENABLE_X64=1, as it was written.")
 
 
-def _restore(directory: epath.Path, shapes: Any, mesh: Any, rules: Any) -> Any:
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        tree_shardings(shapes, mesh, rules),
-    )
+def _restore(directory: epath.Path, target: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(directory, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))).arrays
+
+
+def _passing(error: Exception) -> bool:
+    # What says nothing about the files: no memory, or a file system that does not answer.
+    if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
+        return True
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -246,18 +279,11 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             raise UserError(f"Checkpoint {self._directory / str(step)} exists already; it is never overwritten.")
-        raw = _raw(tree)
-        leaves = inspect_tree(raw)
-        bad = [name for name, leaf in leaves.items() if leaf["nan"]]
-        if bad:
-            raise UserError(
-                f"Step {step}: the state holds NaN in {', '.join(bad[:3])}{' ...' if bad[3:] else ''}; "
-                "it was not saved. Lower the learning rate, or look at the last good checkpoint."
-            )
+        leaves = check_no_nan(tree, f"Step {step}")
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(raw), meta=ocp.args.JsonSave({"leaves": leaves, **meta})
+                state=ocp.args.StandardSave(_raw(tree)), meta=ocp.args.JsonSave({"leaves": leaves, **meta})
             ),
             force=True,
         )
@@ -277,19 +303,29 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            try:
-                return self._restore(step, target)
-            except UserError:
-                raise
-            except Exception as error:
-                say(f"Checkpoint {self._directory / str(step)} is corrupt ({_first_line(error)}).")
-                self._set_aside(step)
+            restored, problem = self._try(step, target)
+            code = worst(0 if problem is None else 1 if not _passing(problem) else 2)
+            if code == 0:
+                return restored
+            reason = "another process could not read it" if problem is None else _first_line(problem)
+            if code == 2:
+                raise UserError(f"{self._directory / str(step)} cannot be read now: {reason}. Nothing was changed.")
+            say(f"Checkpoint {self._directory / str(step)} is corrupt ({reason}).")
+            self._set_aside(step)
         if steps:
             raise UserError(
                 f"All checkpoints in {self._directory} were corrupt and are now in {self._corrupt}. "
                 "Run the same command once more to train this stage from its start."
             )
         return None
+
+    def _try(self, step: int, target: Any) -> tuple[Any, Exception | None]:
+        try:
+            return self._restore(step, target), None
+        except UserError:
+            raise
+        except Exception as error:
+            return None, error
 
     def _restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta

@@ -174,14 +174,14 @@ class StackedSource:
         """The members' rows in order, as one pass."""
         return StackedSource([s.in_order(batch_size) for s in self._sources])
 
-    def local(self, t: int, process: int = 0, processes: int = 1) -> Any:
+    def local(self, t: int, rows: np.ndarray | None = None) -> Any:
         """What crosses to the device at step t: the members' parts, stacked."""
-        parts = [s.local(t, process, processes) for s in self._sources]
+        parts = [s.local(t, rows) for s in self._sources]
         return jax.tree.map(lambda *xs: np.stack(xs), *parts)
 
-    def iterate(self, start: int, stop: int, process: int = 0, processes: int = 1) -> Iterator[Any]:
-        """`local(t)` for t in start..stop-1."""
-        members = [s.iterate(start, stop, process, processes) for s in self._sources]
+    def iterate(self, start: int, stop: int, rows: np.ndarray | None = None) -> Iterator[Any]:
+        """`local(t, rows)` for t in start..stop-1."""
+        members = [s.iterate(start, stop, rows) for s in self._sources]
         for parts in zip(*members, strict=True):
             yield jax.tree.map(lambda *xs: np.stack(xs), *parts)
 

@@ -1,6 +1,7 @@
 """What a run says: a progress bar, JSON lines, TensorBoard events."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -35,27 +36,32 @@ def brief(metrics: Mapping[str, Any]) -> str:
 class JsonLines:
     """A file of JSON lines that can be cut back to where a checkpoint saw it.
 
-    Remote file systems cannot append: there the whole file is written anew at every flush.
+    Remote file systems cannot append: there the whole file is written anew with every line.
     """
 
     def __init__(self, path: epath.Path, offset: int):
-        self._path = path
-        self._text = path.read_bytes()[:offset] if path.exists() else b""
-        if len(self._text) < offset:
-            raise UserError(f"{path} is shorter than the checkpoint saw it ({len(self._text)} < {offset} bytes).")
-        path.write_bytes(self._text)
+        self._path, self.offset = path, offset
+        self._remote = b"" if "://" in str(path) else None
+        if not path.exists():
+            path.write_bytes(b"")
+        size = path.stat().length
+        if size < offset:
+            raise UserError(f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes).")
+        if self._remote is not None:
+            self._remote = path.read_bytes()[:offset] if offset else b""
+        elif size > offset:
+            os.truncate(path, offset)  # in place: a kill here leaves the old length or the new one
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; the file on disk always ends with a whole line."""
+        """Appends one record; `offset` counts the bytes so far."""
         line = (json.dumps(jsonable(record)) + "\n").encode()
-        self._text += line
-        with self._path.open("ab") as file:
-            file.write(line)
-
-    @property
-    def offset(self) -> int:
-        """Bytes written so far."""
-        return len(self._text)
+        self.offset += len(line)
+        if self._remote is not None:
+            self._remote += line
+            self._path.write_bytes(self._remote)
+        else:
+            with self._path.open("ab") as file:
+                file.write(line)
 
 
 class Events:

@@ -1,6 +1,5 @@
 """The loop: runs a list of stages with checkpoints, logs, evaluation and exact resumption."""
 
-import dataclasses
 import os
 import time
 import zlib
@@ -14,59 +13,27 @@ from jax.sharding import Mesh
 
 from jkd.errors import UserError
 from jkd.train import workdir as workdirs
-from jkd.train.checkpoint import Checkpoints, barrier, is_stored, load_meta, load_plain, remove_folder, save_plain
+from jkd.train.checkpoint import (
+    Checkpoints,
+    check_no_nan,
+    is_stored,
+    load_meta,
+    load_plain,
+    remove_folder,
+    save_plain,
+)
+from jkd.train.context import Context, LoopOptions
 from jkd.train.ensemble import member, previous_of, stack
 from jkd.train.finite import non_finite
-from jkd.train.log import Events, JsonLines, Meter, brief, console, jsonable
+from jkd.train.log import Events, JsonLines, Meter, brief, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import read_outcome
-from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members, sweep
+from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
+from jkd.train.processes import barrier, on_chief
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage, check_stages
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopOptions:
-    """How a run is executed; none of it changes what is computed.
-
-    Attributes:
-      checkpoint_every: steps between checkpoints of a stage; 0 saves only when asked to stop.
-      keep: checkpoints of the running stage that are kept.
-      progress: whether to show a bar (on a terminal) or lines.
-      tensorboard: whether to write TensorBoard events.
-    """
-
-    checkpoint_every: int = 1000
-    keep: int = 3
-    progress: bool = True
-    tensorboard: bool = True
-
-
-@dataclasses.dataclass
-class _Context:
-    workdir: epath.Path
-    mesh: Mesh
-    rules: Rules
-    key: jax.Array
-    log_every: int
-    options: LoopOptions
-    residents: Residents
-    stop: StopRequest
-    lines: JsonLines | None = None
-    steps_before: int = 0
-
-    @property
-    def chief(self) -> bool:
-        return jax.process_index() == 0
-
-    def say(self, text: str) -> None:
-        if self.chief:
-            console.print(text, soft_wrap=True)
-
-    def sweep(self, fn: Any, args: Any, source: Any, key: Any = None) -> Any:
-        return sweep(fn, args, source, key, mesh=self.mesh, residents=self.residents, rules=self.rules)
 
 
 def run(
@@ -109,9 +76,10 @@ def run(
     with StopRequest() as stop:
         key = jax.random.key(seed)
         options = options or LoopOptions()
-        ctx = _Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
+        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
         results = {}
         for index, stage in enumerate(stages):
+            ctx.residents.next_stage()
             results[stage.name] = _StageRun(ctx, stages, index).result()
             ctx.steps_before += stage.num_steps
     return results
@@ -120,7 +88,7 @@ def run(
 class _StageRun:
     """One stage of a run, from whatever is on disk to its outcome."""
 
-    def __init__(self, ctx: _Context, stages: Sequence[Stage], index: int):
+    def __init__(self, ctx: Context, stages: Sequence[Stage], index: int):
         self.ctx, self.stages, self.stage = ctx, stages, stages[index]
         self.index = index
         self.folder = workdirs.stage_folder(ctx.workdir, index, self.stage.name)
@@ -139,14 +107,15 @@ class _StageRun:
         if self.ctx.chief:
             remove_folder(checkpoints)
         info = load_meta(self.folder / "outcome")
-        self.ctx.lines = None
         return {"steps": self.stage.num_steps, "metrics": info["metrics"], "history": info["history"]}
 
     def _train(self, checkpoint_folder: epath.Path) -> None:
         ctx, stage = self.ctx, self.stage
         previous = self._previous()
         key = self._key()
+        self._stop_between("prepare")
         members = self._members(key, previous, self._prepared(key, previous))
+        self._stop_between("init")
         self.members = members
         self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
         try:
@@ -154,6 +123,7 @@ class _StageRun:
             self._open_logs()
             self._steps()
             self._settle()
+            self._check_state()
             self._evaluate(final=True)
             self._save_outcome()
         finally:
@@ -193,7 +163,7 @@ class _StageRun:
                 stage,
                 key[k],
                 previous_of(previous, k, stage.members),
-                place(member(consts, k), ctx.mesh),
+                place(member(consts, k), ctx.mesh, ctx.rules),
             )
             for k in range(stage.members)
         ]
@@ -203,8 +173,9 @@ class _StageRun:
     def _resume_or_create(self) -> None:
         restored = self.checkpoints.restore_newest([m.target() for m in self.members], self.ctx.say)
         if restored is None:
+            init = self.members[0].initializer(self.stage)
             for m in self.members:
-                m.create(self.stage)
+                m.create(init)
             self._offset = self._offset_before()
             return
         carries, meta = restored
@@ -221,10 +192,10 @@ class _StageRun:
 
     def _open_logs(self) -> None:
         self.lines = self.events = None
-        if self.ctx.chief:
-            self.lines = JsonLines(self.ctx.workdir / "metrics.jsonl", self._offset)
-            if self.ctx.options.tensorboard:
-                self.events = Events(self.ctx.workdir / "tensorboard" / self.folder.name, self.t + 1)
+        path, offset = self.ctx.workdir / "metrics.jsonl", self._offset
+        self.lines = on_chief(lambda: JsonLines(path, offset))
+        if self.ctx.chief and self.ctx.options.tensorboard:
+            self.events = Events(self.ctx.workdir / "tensorboard" / self.folder.name, self.t + 1)
 
     # --- stepping ---
 
@@ -251,7 +222,7 @@ class _StageRun:
                 t = np.int32(self.t)
                 reports = []
                 for m, rows in zip(self.members, crossed, strict=True):
-                    rows = rows if rows is None else cross(rows, ctx.mesh, axis)
+                    rows = rows if source is None else cross(rows, ctx.mesh, source.batch_size, axis)
                     args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
                     call = call or program.jitted(*args)
                     m.carry, report = call(*args)
@@ -320,6 +291,13 @@ class _StageRun:
         if every and t % every == 0:
             self._save()
 
+    def _stop_between(self, what: str) -> None:
+        if self.ctx.stop.asked:
+            raise Preempted(
+                f"Stopped on request before {what} of stage {self.stage.name!r}; what is finished is in "
+                f"{self.ctx.workdir}. Run the same command again to go on."
+            )
+
     def _stop_if_asked(self) -> None:
         if not self.ctx.stop.reached(self.ctx.steps_before + self.t):
             return
@@ -343,6 +321,10 @@ class _StageRun:
         }
         self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
 
+    def _check_state(self) -> None:
+        for m in self.members:
+            check_no_nan(m.carry.state, f"After the last step of stage {self.stage.name!r}")
+
     def _agreed_offset(self) -> int:
         return 0 if self.lines is None else self.lines.offset
 
@@ -359,18 +341,20 @@ class _StageRun:
         found = {}
         for name, evaluator in self.stage.evaluators.items():
             if final or (evaluator.every and self.t % evaluator.every == 0):
-                values = self._evaluate_one(evaluator, published)
+                values = self._evaluate_one(name, published)
                 found.update({f"{name}/{metric}": value for metric, value in values.items()})
         if found:
             self._remember(found)
             self._write(self.t, {"evaluation": found})
 
-    def _evaluate_one(self, evaluator: Any, published: Any) -> Mapping[str, Any]:
-        mesh, residents = self.ctx.mesh, self.ctx.residents
+    def _evaluate_one(self, name: str, published: Any) -> Mapping[str, Any]:
+        mesh, residents, evaluator = self.ctx.mesh, self.ctx.residents, self.stage.evaluators[name]
+        sources = [m.evaluation_sources[name] for m in self.members]
         if self.stage.looped:
             consts = [m.consts for m in self.members]
-            return evaluate_members(evaluator, published, consts, mesh=mesh, residents=residents)
-        return evaluate(evaluator, published, self.members[0].consts, mesh=mesh, residents=residents)
+            return evaluate_members(evaluator, published, consts, mesh=mesh, residents=residents, sources=sources)
+        consts = self.members[0].consts
+        return evaluate(evaluator, published, consts, mesh=mesh, residents=residents, source=sources[0])
 
     def _remember(self, found: Mapping[str, Any]) -> None:
         self.metrics.update(found)

@@ -1,5 +1,6 @@
 """Lowering the steps of a run for any mesh without running anything: what plans are made from."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jkd.train.checkpoint import is_key
 from jkd.train.ensemble import previous_of, stack
 from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, tree_shardings
 from jkd.train.passes import batch_axis
-from jkd.train.program import abstract, plan_stage, split_key, step_program
+from jkd.train.program import abstract, crossed_shapes, plan_stage, split_key, step_program
 from jkd.train.stage import Outcome, Stage, check_stages
 
 
@@ -69,7 +71,12 @@ def _needed(stages: Sequence[Stage], only: str | None) -> list[Stage]:
 
 def _zeros(tree: Any) -> Any:
     # Zeros that take no memory, however large a teacher is.
-    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
+    def zeros(x: Any) -> Any:
+        if is_key(x):
+            return jax.random.split(jax.random.key(0), math.prod(x.shape)).reshape(x.shape)
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+
+    return jax.tree.map(zeros, tree)
 
 
 def _repeated(tree: Any, members: int) -> Any:
@@ -85,7 +92,7 @@ def _prepared(stage: Stage, key: jax.Array, previous: Mapping[str, Outcome]) -> 
 
 
 def _blank_sweep(fn: Callable, args: Any, source: Any, key: jax.Array | None = None) -> Any:
-    batch = jax.eval_shape(source.assemble, abstract(source.resident), abstract(source.local(0)))
+    batch = jax.eval_shape(source.assemble, abstract(source.resident), crossed_shapes(source))
     rows = jax.eval_shape(fn, args, batch, key)
     full = source.num_examples // source.batch_size * source.batch_size
     count = source.num_examples if source.seed is None else full
@@ -97,7 +104,7 @@ def _lower(
 ) -> tuple[LoweredStage | None, Any]:
     _, init_key, step_key = split_key(key)
     source = stage.data(consts)
-    plan = plan_stage(stage, source, init_key, previous, consts, mesh, rules, 1)
+    plan = plan_stage(stage, source, init_key, previous, consts, mesh, rules)
     published = _zeros(jax.eval_shape(stage.publish, plan.carry.state))
     if not stage.num_steps or stage.step is None:
         return None, published

@@ -1,5 +1,6 @@
 """Meshes, sharding rules and the one place where a step is jitted."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"slice": slices, "data": data, "fsdp": fsdp, "tensor": tensor}
-    if data == -1:
+    if data == -1 and min(slices, fsdp, tensor) > 0:
         sizes["data"] = max(1, len(devices) // (slices * fsdp * tensor))
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
@@ -52,7 +53,10 @@ def make_mesh(
         )
     shape = tuple(sizes[name] for name in AXES)
     if slices > 1:
-        array = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
+        try:
+            array = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
+        except ValueError as error:
+            raise UserError(f"mesh.slices={slices} does not fit these devices: {error}") from error
         return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -102,15 +106,17 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
 
     Optimizer states repeat the paths of the parameters, so they follow the same rules.
     """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: sharding_of(path_name(path), tuple(np.shape(leaf)), mesh, rules), tree
+    )
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = path_name(path)
-        for pattern, rule in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, rule(tuple(np.shape(leaf)), mesh))
-        return NamedSharding(mesh, P())
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
+    """The sharding of the leaf `name`: of the first rule whose regex is found in it, else whole everywhere."""
+    for pattern, rule in rules:
+        if re.search(pattern, name):
+            return NamedSharding(mesh, rule(shape, mesh))
+    return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh, leaf: Any, batch_axis: int = 0) -> NamedSharding:
@@ -132,10 +138,11 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str = "batch_size") -> N
 
 def place(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Puts host arrays (the same on every process) onto the mesh, sharded by the rules."""
-    return jax.tree.map(_place_leaf, tree, tree_shardings(tree, mesh, rules))
+    return jax.tree.map(place_leaf, tree, tree_shardings(tree, mesh, rules))
 
 
-def _place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """One host array (the same on every process), or array from another mesh, as an array of this sharding."""
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -143,17 +150,54 @@ def _place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _place_leaf(jax.random.key_data(leaf), sharding)  # numpy holds no keys
+        data = place_leaf(jax.random.key_data(leaf), sharding)  # numpy holds no keys
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def cross(rows: Any, mesh: Mesh, batch_axis: int = 0) -> Any:
-    """Hands this process's rows of a batch to a jitted step, as arrays of the global batch."""
+@functools.lru_cache(maxsize=256)
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray | None:
+    """The rows of a global batch that this process's devices hold, ascending; None: all, in a single process.
+
+    The mesh decides: devices of one process need not be neighbors on its axes.
+    """
     if jax.process_count() == 1:
-        return rows  # jit places host arrays faster than anything we could do here
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh, x, batch_axis), x), rows)
+        return None
+    pieces = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[piece] for piece in pieces]))
+
+
+def cross(crossed: Any, mesh: Mesh, batch_size: int, batch_axis: int = 0) -> Any:
+    """Hands the `local_rows` of a batch to a jitted step, as arrays of the global batch."""
+    rows = local_rows(mesh, batch_size)
+    if rows is None:
+        return crossed  # jit places host arrays faster than anything we could do here
+
+    def whole(x: np.ndarray) -> jax.Array:
+        if x.ndim <= batch_axis:
+            return jax.make_array_from_callback(x.shape, batch_sharding(mesh, x, batch_axis), lambda index: x[index])
+        shape = (*x.shape[:batch_axis], batch_size, *x.shape[batch_axis + 1 :])
+
+        def piece(index: Any) -> np.ndarray:
+            first, last, _ = index[batch_axis].indices(batch_size)
+            start = int(np.searchsorted(rows, first))  # a device's rows are neighbors here too
+            return x[(slice(None),) * batch_axis + (slice(start, start + last - first),)]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, x, batch_axis), piece)
+
+    return jax.tree.map(whole, crossed)
+
+
+def readable(tree: Any, mesh: Mesh) -> Any:
+    """The tree with every array whole on every process, so that the host can read it."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return place_leaf(x, NamedSharding(mesh, P()))
+
+    return jax.tree.map(leaf, tree)
 
 
 class jit_step:

@@ -31,8 +31,9 @@ def load_outcome(
 
 def finished_stages(workdir: str | os.PathLike) -> dict[str, epath.Path]:
     """The folders of a run's finished stages by name, in the order of the run."""
-    folders = sorted((folder_of(workdir) / "stages").glob("[0-9][0-9]-*"))
-    return {folder.name[3:]: folder for folder in folders if is_stored(folder / "outcome")}
+    folders = [folder for folder in (folder_of(workdir) / "stages").glob("*-*") if is_stored(folder / "outcome")]
+    folders.sort(key=lambda folder: int(folder.name.partition("-")[0]))
+    return {folder.name.partition("-")[2]: folder for folder in folders}
 
 
 def evaluate_outcome(

@@ -18,7 +18,9 @@ from jkd.train.mesh import (
     batch_sharding,
     check_batch_size,
     cross,
+    local_rows,
     place,
+    readable,
     replicate,
 )
 from jkd.train.stage import Evaluator
@@ -30,12 +32,19 @@ class Residents:
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         self._placed: dict[int, tuple[Any, Any]] = {}
+        self._used: set[int] = set()
+
+    def next_stage(self) -> None:
+        """Drops what has not been used since the last call."""
+        self._placed = {name: kept for name, kept in self._placed.items() if name in self._used}
+        self._used = set()
 
     def __call__(self, source: Any) -> Any:
         """The resident arrays of `source`, on the device."""
         arrays = source.resident
         if not jax.tree.leaves(arrays):
             return arrays
+        self._used.add(id(arrays))
         if id(arrays) not in self._placed:
             self._placed[id(arrays)] = (arrays, place(arrays, self._mesh, ((".*", replicate),)))
         return self._placed[id(arrays)][1]
@@ -88,8 +97,9 @@ def sweep(
             "use a smaller batch_size."
         )
     rows = []
-    for t, crossed in enumerate(source.iterate(0, count, jax.process_index(), jax.process_count())):
-        out = program(args, cross(crossed, mesh, batch_axis(source)), residents(source), key, np.int32(t))
+    for t, crossed in enumerate(source.iterate(0, count, local_rows(mesh, source.batch_size))):
+        crossed = cross(crossed, mesh, source.batch_size, batch_axis(source))
+        out = program(args, crossed, residents(source), key, np.int32(t))
         rows.append(jax.device_get(out))
     if source.seed is None and rest:
         rows[-1] = jax.tree.map(lambda x: x[:rest], rows[-1])
@@ -114,7 +124,7 @@ def _collect_program(collect: Callable, assemble: Callable, kind: str, size: int
 
 def evaluation_source(evaluator: Evaluator, consts: Any, mesh: Mesh) -> Any:
     """The source of an evaluator, in order; UserError if the mesh cannot split its batches."""
-    source = evaluator.source(consts) if callable(evaluator.source) else evaluator.source
+    source = evaluator.source(readable(consts, mesh)) if callable(evaluator.source) else evaluator.source
     check_batch_size(source.batch_size, mesh)
     return source.in_order()
 
@@ -126,20 +136,20 @@ def evaluate(
     *,
     mesh: Mesh,
     residents: Residents | None = None,
+    source: Any = None,
 ) -> Mapping[str, Any]:
     """Runs one evaluator over its whole source and returns the metrics that its `finish` computes.
 
     The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
-    compiles once.
+    compiles once. `source` is what `evaluation_source` made for these consts, where that has been done already.
     """
     residents = residents or Residents(mesh)
-    source = evaluation_source(evaluator, consts, mesh)
+    source = source or evaluation_source(evaluator, consts, mesh)
     axis, size = batch_axis(source), source.batch_size
     program = _collect_program(evaluator.collect, source.assemble, evaluator.kind, size, mesh, axis)
     total, rows, sums = np.int32(source.num_examples), [], None
-    crossing = source.iterate(0, source.num_batches, jax.process_index(), jax.process_count())
-    for t, crossed in enumerate(crossing):
-        args = (published, cross(crossed, mesh, axis), consts, residents(source), np.int32(t * size), total)
+    for t, crossed in enumerate(source.iterate(0, source.num_batches, local_rows(mesh, size))):
+        args = (published, cross(crossed, mesh, size, axis), consts, residents(source), np.int32(t * size), total)
         if evaluator.kind == "gather":
             out = jax.device_get(program(*args))
             left = source.num_examples - t * size
@@ -153,13 +163,21 @@ def evaluate(
 
 
 def evaluate_members(
-    evaluator: Evaluator, published: Any, consts: Sequence[Any], *, mesh: Mesh, residents: Residents
+    evaluator: Evaluator,
+    published: Any,
+    consts: Sequence[Any],
+    *,
+    mesh: Mesh,
+    residents: Residents,
+    sources: Sequence[Any] | None = None,
 ) -> Mapping[str, Any]:
     """Runs one evaluator on every member of a looped ensemble: metrics of shape [members].
 
-    `published` has a leading axis of members; `consts` holds each member's own.
+    `published` has a leading axis of members; `consts` holds each member's own, `sources` their evaluation sources.
     """
+    sources = sources or [None] * len(consts)
     each = [
-        evaluate(evaluator, member(published, k), own, mesh=mesh, residents=residents) for k, own in enumerate(consts)
+        evaluate(evaluator, member(published, k), own, mesh=mesh, residents=residents, source=source)
+        for k, (own, source) in enumerate(zip(consts, sources, strict=True))
     ]
     return {name: np.asarray([values[name] for values in each]) for name in each[0]}

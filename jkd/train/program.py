@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jkd.errors import UserError
 from jkd.train.checkpoint import check_plain, is_key
-from jkd.train.mesh import Rules, jit_step, tree_shardings
+from jkd.train.mesh import Rules, jit_step, replicate, tree_shardings
 from jkd.train.passes import batch_axis, evaluation_source
 from jkd.train.stage import Stage
 
@@ -93,7 +93,12 @@ def step_program(
         report = _account(carry.report, metrics, t, log_every)
         return Carry(_strong(state), report), report
 
-    return jit_step(program, mesh, rules=rules, batch_axis=axis)
+    return jit_step(program, mesh, rules=carry_rules(rules), batch_axis=axis)
+
+
+def carry_rules(rules: Rules) -> Rules:
+    """The rules of a carry: the loop's report is whole everywhere, whatever its metrics are called."""
+    return (("^report/", replicate), *rules)
 
 
 def abstract(tree: Any) -> Any:
@@ -101,17 +106,17 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
 
 
-def crossed_shapes(source: Any, processes: int) -> Any:
-    """The shapes of what crosses to the device for one GLOBAL batch."""
+def crossed_shapes(source: Any) -> Any:
+    """The shapes of what crosses to the device for one GLOBAL batch, from a single row of it."""
     axis = batch_axis(source)
 
     def whole(x: np.ndarray) -> jax.ShapeDtypeStruct:
         shape = list(x.shape)
         if len(shape) > axis:
-            shape[axis] *= processes
+            shape[axis] = source.batch_size
         return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
-    return jax.tree.map(whole, source.local(0, jax.process_index(), processes))
+    return jax.tree.map(whole, source.local(0, np.arange(1)))
 
 
 def check_metrics(stage: Stage, metrics: Any, source: Any) -> None:
@@ -140,14 +145,19 @@ def check_state(stage: Stage, before: Any, after: Any) -> None:
             )
 
 
-def check_evaluators(stage: Stage, state: Any, consts: Any, mesh: Mesh) -> None:
-    """Traces every `collect` abstractly, so that its mistakes show before the training and not after it."""
+def evaluation_sources(stage: Stage, state: Any, consts: Any, mesh: Mesh) -> dict[str, Any]:
+    """The evaluators' sources, made once a stage.
+
+    Traces every `collect` abstractly, so that its mistakes show before the training and not after it.
+    """
     published = jax.eval_shape(stage.publish, state)
-    for evaluator in stage.evaluators.values():
-        source = evaluation_source(evaluator, consts, mesh)
-        batch = jax.eval_shape(source.assemble, abstract(source.resident), crossed_shapes(source, jax.process_count()))
+    sources = {name: evaluation_source(evaluator, consts, mesh) for name, evaluator in stage.evaluators.items()}
+    for name, evaluator in stage.evaluators.items():
+        source = sources[name]
+        batch = jax.eval_shape(source.assemble, abstract(source.resident), crossed_shapes(source))
         mask = jax.ShapeDtypeStruct((source.batch_size,), jnp.bool_)
         jax.eval_shape(evaluator.collect, published, consts, batch, mask)
+    return sources
 
 
 class Plan(NamedTuple):
@@ -160,14 +170,12 @@ class Plan(NamedTuple):
     shardings: Any
 
 
-def plan_stage(
-    stage: Stage, source: Any, key: Any, previous: Any, consts: Any, mesh: Mesh, rules: Rules, processes: int
-) -> Plan:
+def plan_stage(stage: Stage, source: Any, key: Any, previous: Any, consts: Any, mesh: Mesh, rules: Rules) -> Plan:
     """Traces `init` and `step` abstractly, checks what they return, and lays out the state on the mesh."""
     state = jax.eval_shape(stage.init, key, previous, consts)
     crossed = resident = batch = None
     if source is not None:
-        crossed, resident = crossed_shapes(source, processes), abstract(source.resident)
+        crossed, resident = crossed_shapes(source), abstract(source.resident)
         batch = jax.eval_shape(source.assemble, resident, crossed)
     metrics: Any = {}
     if stage.num_steps and stage.step is not None:
@@ -177,4 +185,4 @@ def plan_stage(
         check_state(stage, state, after)
     check_plain(jax.eval_shape(stage.publish, state), f"Stage {stage.name!r}: publish")
     carry = jax.eval_shape(make_carry, state, metrics)
-    return Plan(carry, crossed, consts, resident, tree_shardings(carry, mesh, rules))
+    return Plan(carry, crossed, consts, resident, tree_shardings(carry, mesh, carry_rules(rules)))

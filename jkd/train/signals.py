@@ -39,6 +39,11 @@ class StopRequest:
         if self._old is not None:
             signal.signal(signal.SIGTERM, self._old)  # type: ignore[arg-type]
 
+    @property
+    def asked(self) -> bool:
+        """Whether a single process was asked to stop; several agree only at their steps."""
+        return self._asked
+
     def reached(self, global_step: int) -> bool:
         """Whether to stop before `global_step`, counted over all stages; the same answer on all processes."""
         if jax.process_count() == 1:

@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from jkd.errors import UserError
-from jkd.train.checkpoint import barrier
+from jkd.train.processes import on_chief
 
 # These fields say how a run is executed, not what it computes: they may change between restarts.
 EXECUTION_FIELDS = ("mesh", "loop")
@@ -55,6 +54,10 @@ def claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
     Raises:
       UserError: if the folder cannot be written, holds other files, or belongs to another config.
     """
+    on_chief(lambda: _claim(workdir, config))
+
+
+def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
     known = workdir / "config.json"
     if known.exists():
         _check_same(workdir, json.loads(known.read_text()), json.loads(json.dumps(config, default=str)))
@@ -64,14 +67,11 @@ def claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"The workdir {workdir} is not empty and holds no config.json of a run; give a new or empty folder."
         )
-    barrier("claim-checked")
-    if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_text(known, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-        except OSError as error:
-            raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
-    barrier("claimed")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(known, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
 
 
 def _check_same(workdir: epath.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

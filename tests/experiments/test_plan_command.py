@@ -45,6 +45,11 @@ def test_what_fsdp_gathers_and_saves(capsys):
     assert "all-gather" not in {one["kind"] for one in whole["collectives"]}
 
 
+def test_cached_logits_are_planned_too(capsys):
+    reports, _ = planned(capsys, "--stage", "kd", "--config.teacher.source=cached", "--config.only=kd")
+    assert reports["kd"]["num_devices"] == 8
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

@@ -1,5 +1,7 @@
 """What is stored comes back bit for bit, and what differs is found."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ def tree_of_everything():
         "empty": jnp.zeros((0, 3)),
         "key": jax.random.key(3),
         "keys": jax.random.split(jax.random.key(4), 8),
+        "other keys": jax.random.split(jax.random.key(4, impl="rbg"), 2),
         "nested": [None, (jnp.float32(2.5), {}), []],
         "numbers": (3, 2.5, True),
     }
@@ -64,6 +67,36 @@ def test_states_of_any_dtype_come_back(mesh, rules, tmp_path):
     checkpoints.close()
     assert meta["t"] == 7
     assert_same(found, state)
+
+
+def test_rules_go_by_the_names_in_the_tree(tmp_path):
+    tree = {"a": {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(16)}, "kernels": [jnp.ones((8, 8))]}
+    rules = (("kernel$", train.shard(-1, "fsdp")), ("kernels/0", train.shard(0, "fsdp")))
+    folder = epath.Path(tmp_path) / "outcome"
+    save_plain(folder, tree, {}, mesh=EIGHT, rules=rules)
+    found, _ = load_plain(folder, mesh=EIGHT, rules=rules)
+    specs = jax.tree.map(lambda x: x.sharding.spec, found)
+    P = jax.sharding.PartitionSpec
+    assert specs == {"a": {"kernel": P(None, "fsdp"), "bias": P()}, "kernels": [P("fsdp")]}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "I/O"), RuntimeError("RESOURCE_EXHAUSTED: ...")])
+def test_what_passes_is_not_corruption(error, tmp_path, monkeypatch):
+    state = {"x": train.place(jnp.arange(4.0), ONE)}
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints = Checkpoints(epath.Path(tmp_path) / "checkpoints" / "run")
+    checkpoints.save(3, state, {})
+    checkpoints.wait()
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_restore", fail)
+        with pytest.raises(UserError, match=r"run/3 cannot be read now: .*Nothing was changed"):
+            checkpoints.restore_newest(target, print)
+    assert_same(checkpoints.restore_newest(target, print)[0], state)
+    checkpoints.close()
 
 
 def test_a_tree_without_arrays_comes_back(tmp_path):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 import struct
 
 import jax
@@ -13,6 +16,7 @@ import toys
 from sklearn.cluster import KMeans
 
 from jkd import data, train
+from jkd.train.passes import Residents
 
 ONE = train.make_mesh(devices=jax.devices()[:1])
 QUIET = train.LoopOptions(checkpoint_every=0, progress=False, tensorboard=False)
@@ -482,3 +486,78 @@ def test_a_state_with_nan_is_never_saved(tmp_path):
     with pytest.raises(ValueError, match="Step 10: the state holds NaN in .*params/w"):
         go([stage], tmp_path, options=dataclasses.replace(QUIET, checkpoint_every=5))
     assert [path.name for path in (tmp_path / "checkpoints/00-count").iterdir()] == ["5"]
+
+
+def test_a_state_that_ends_with_nan_is_never_published(tmp_path):
+    def step(key, state, consts, batch, t):  # the metrics look fine
+        return {"x": jnp.where(t == 6, jnp.nan, state["x"])}, {"loss": jnp.float32(0)}
+
+    with pytest.raises(ValueError, match="After the last step of stage 'count': the state holds NaN in x"):
+        go([counter(step=step)], tmp_path)
+    assert not (tmp_path / "stages/00-count/outcome").exists()
+
+
+# --- what else may happen around stages ---
+
+
+def test_a_relative_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = go([toys.classifier(num_steps=5)], "runs/here", options=train.LoopOptions(3, progress=False))
+    assert list(results) == ["teacher"]
+    assert "params" in train.load_outcome("runs/here", "teacher").published
+    assert list(train.finished_stages("runs/here")) == ["teacher"]
+    assert (tmp_path / "runs/here/stages").is_dir()
+
+
+@pytest.mark.parametrize("moment", ["prepare", "finish"])
+def test_sigterm_between_stages_stops_before_the_next(moment, tmp_path):
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    evaluator = train.Evaluator(data.MemorySource(toys.DIGITS, 64), count_rows, stop)
+    hooks = {"prepare": stop} if moment == "prepare" else {"evaluators": {"stop": evaluator}}
+    stages = [counter(name="first", num_steps=0, **hooks), counter(name="second", num_steps=0)]
+    before = "init of stage 'first'" if moment == "prepare" else "prepare of stage 'second'"
+    with pytest.raises(train.Preempted, match=f"before {before}.*Run the same command again"):
+        go(stages, tmp_path)
+    go([dataclasses.replace(stages[0], prepare=lambda *args: {}, evaluators={}), stages[1]], tmp_path)
+    assert list(train.finished_stages(tmp_path)) == ["first", "second"]
+
+
+@pytest.mark.parametrize("field", [{"keep": 0}, {"checkpoint_every": -1}])
+def test_options_that_would_lose_checkpoints_are_refused(field):
+    with pytest.raises(ValueError, match="keep must be >= 1 and checkpoint_every >= 0"):
+        train.LoopOptions(**field)
+
+
+def test_a_rule_for_parameters_leaves_metrics_of_a_similar_name_whole(tmp_path):
+    def step(key, state, consts, batch, t):
+        state, metrics = toys.step(key, state, consts, batch, t)
+        return state, metrics | {"kernel_norm": jnp.float32(t)}
+
+    mesh = train.make_mesh(fsdp=4, devices=jax.devices()[:4])
+    rules = (("kernel", train.shard(0, "fsdp")),)
+    go([toys.classifier(num_steps=10, step=step)], tmp_path, mesh=mesh, rules=rules)
+    assert toys.logged(tmp_path, "kernel_norm") == [4.5]
+
+
+def test_stages_are_found_by_number_beyond_a_hundred(tmp_path):
+    go([counter(name="a-b", num_steps=1)], tmp_path)
+    folder = tmp_path / "stages/00-a-b"
+    shutil.copytree(folder, tmp_path / "stages/100-c")
+    shutil.copytree(folder, tmp_path / "stages/20-d")
+    assert list(train.finished_stages(tmp_path)) == ["a-b", "d", "c"]
+
+
+def test_data_that_no_stage_uses_any_more_leave_the_device():
+    residents = Residents(ONE)
+    sources = [data.MemorySource(data.from_arrays(np.zeros((4, 2, 2, 1), np.uint8), np.arange(4)), 2) for _ in "ab"]
+    first = residents(sources[0])
+    residents.next_stage()
+    assert residents(sources[0]) is first
+    residents(sources[1])
+    residents.next_stage()
+    residents(sources[1])
+    residents.next_stage()
+    assert residents(sources[0]) is not first

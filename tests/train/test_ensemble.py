@@ -229,3 +229,9 @@ def test_sources_of_members_must_have_one_size(tmp_path):
         UserError, match="members of an ensemble need sources of one size: .* examples in batches of 16"
     ):
         go([train.ensemble(stage, KEYS)], tmp_path)
+
+
+def test_looped_members_share_their_compiled_init(tmp_path):
+    with toys.compiled() as names:
+        go([train.ensemble(toys.classifier(num_steps=2), jax.random.split(jax.random.key(0), 4), "loop")], tmp_path)
+    assert (names.count("init"), names.count("program")) == (1, 1)

@@ -98,3 +98,39 @@ def test_sigterm_to_one_stops_both_and_the_restart_is_exact(tmp_path):
     for name, value in wanted.items():
         assert found[name].tobytes() == value.tobytes(), name
     assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_rows_keep_their_places_whatever_the_order_of_the_mesh():
+    script = pathlib.Path(toys.__file__).parent / "rows_on_meshes.py"
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), port, str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | FAST_COMPILES,
+        )
+        for process in range(2)
+    ]
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=LIMIT)
+            assert process.returncode == 0, err.decode()
+            for mesh, kinds in json.loads(out.splitlines()[-1]).items():
+                for kind, found in kinds.items():
+                    wanted = {"swept": [*range(10)], "pixel": [*range(10)], "index": [*range(10)], "total": 45}
+                    assert found == wanted, (mesh, kind)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_what_stops_the_first_process_stops_both(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "thesis.tex").write_text("mine")
+    for code, said in launch(workdir, [], [], devices=1, steps=5):
+        assert code == 1
+        assert "is not empty and holds no config.json of a run" in said
+    assert [path.name for path in workdir.iterdir()] == ["thesis.tex"]
