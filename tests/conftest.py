@@ -14,7 +14,6 @@ os.environ.setdefault("JKD_DATA_DIR", str(CACHE / "data"))
 
 import jax
 import jaxtyping
-import pytest
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -29,17 +28,10 @@ jaxtyping.install_import_hook("jkd", "beartype.beartype")
 settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("jkd")
 
-LONGEST_FIRST = ("test_resume", "test_notebooks", "experiments", "test_processes")
+LONGEST_FIRST = ("test_resume", "test_notebooks", "test_energy_kd", "test_cli", "test_processes")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A worker takes a whole file, or all tests of the commands, which share one smoke run; the longest come first."""
-
-    def group(item: pytest.Item) -> str:
-        return "experiments" if item.path.parent.name == "experiments" else item.path.stem
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    """Workers take whole files in this order: the longest must not begin last."""
     order = {name: i for i, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

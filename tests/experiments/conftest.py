@@ -1,8 +1,9 @@
 """One finished smoke run, small prepared data sets, and how a command refuses."""
 
+import fcntl
+import os
 import pathlib
 import sys
-import time
 
 import jax
 import numpy as np
@@ -25,11 +26,15 @@ def one_cache_policy():
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """(workdir, seconds) of the shipped smoke run: every arm, by the command's own main."""
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    began = time.process_time()
-    train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET])
-    return workdir, time.process_time() - began
+    """The workdir of the shipped smoke run, every arm, by the command's own main; the workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    workdir = shared / "smoke"
+    with (shared / "smoke.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "results.json").exists():
+            train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET])
+    return workdir
 
 
 @pytest.fixture(scope="session")

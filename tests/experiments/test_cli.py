@@ -112,7 +112,7 @@ def test_workdirs_that_cannot_be_used(refused, untouched, tmp_path):
 
 
 def test_a_workdir_of_another_config(smoke, refused):
-    workdir, _ = smoke
+    workdir = smoke
     before = listing(workdir)
     line = refused(train.main, "--config", SMOKE, "--workdir", workdir, "--config.arms.kd.lr=0.02")
     assert f"The workdir {workdir} belongs to another config: arms.kd.lr was 0.01 and is 0.02. Give the config" in line
@@ -136,7 +136,7 @@ def test_data_that_is_not_array_record(prepared, refused, untouched, tmp_path):
 
 
 def test_a_teacher_of_other_classes_or_seeds(smoke, prepared, refused, untouched):
-    taken = ("--config", SMOKE, "--workdir", untouched() / "run", f"--config.teacher.workdir={smoke[0]}")
+    taken = ("--config", SMOKE, "--workdir", untouched() / "run", f"--config.teacher.workdir={smoke}")
     other = (f"--config.data.data_dir={prepared}", "--config.data.name=tiny")
     other += ("--config.data.train_split=train[:400]", "--config.data.test_split=train[400:]")
     line = refused(train.main, *taken, *other)
@@ -151,7 +151,7 @@ def test_a_teacher_of_other_classes_or_seeds(smoke, prepared, refused, untouched
 
 def test_a_loss_that_is_not_finite(smoke, tmp_path, capsys):
     workdir = tmp_path / "run"
-    changes = ("only=ce", "arms.ce.lr=1e30", f"teacher.workdir={smoke[0]}")
+    changes = ("only=ce", "arms.ce.lr=1e30", f"teacher.workdir={smoke}")
     argv = ["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{change}" for change in changes)]
     with pytest.raises(SystemExit) as stop:
         cli.command(lambda: train.main(argv))

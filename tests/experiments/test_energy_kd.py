@@ -40,7 +40,7 @@ def largest_difference(first, second):
 
 
 def test_smoke_runs_every_arm_for_two_steps(smoke):
-    workdir, _ = smoke
+    workdir = smoke
     results = json.loads((workdir / "results.json").read_text())
     assert list(results) == ["method", "config", "stages", "results", "versions"]
     assert results["method"] == "energy_kd"
@@ -56,7 +56,7 @@ def test_smoke_runs_every_arm_for_two_steps(smoke):
 
 
 def test_smoke_measures_the_teacher_and_the_groups(smoke):
-    stages = json.loads((smoke[0] / "results.json").read_text())["stages"]
+    stages = json.loads((smoke / "results.json").read_text())["stages"]
     assert set(stages["teacher"]["metrics"]) == {
         "validation/top1",
         "test/top1",
@@ -78,7 +78,7 @@ def test_smoke_measures_the_teacher_and_the_groups(smoke):
 
 
 def test_arms_of_equal_settings_are_equal_bit_by_bit(smoke):
-    workdir, _ = smoke
+    workdir = smoke
     for long, short in (("kd_long", "kd"), ("energy_kd_long", "energy_kd")):
         assert largest_difference(published(workdir, long), published(workdir, short)) == 0
     assert largest_difference(published(workdir, "energy_kd"), published(workdir, "energy_kd_reversed")) > 0
@@ -87,15 +87,15 @@ def test_arms_of_equal_settings_are_equal_bit_by_bit(smoke):
 
 
 def test_a_finished_teacher_gives_the_same_students(smoke, tmp_path):
-    workdir = run(tmp_path / "run", "only=kd,energy_kd", f"teacher.workdir={smoke[0]}")
+    workdir = run(tmp_path / "run", "only=kd,energy_kd", f"teacher.workdir={smoke}")
     for name in ("teacher", "kd", "energy_kd"):
-        assert largest_difference(published(workdir, name), published(smoke[0], name)) <= 1e-6
+        assert largest_difference(published(workdir, name), published(smoke, name)) <= 1e-6
 
 
 def test_cached_logits_of_plain_images_are_the_live_teacher(smoke, tmp_path):
-    cached = ("only=kd", "teacher.source=cached", "teacher.bank=1", f"teacher.workdir={smoke[0]}")
+    cached = ("only=kd", "teacher.source=cached", "teacher.bank=1", f"teacher.workdir={smoke}")
     workdir = run(tmp_path / "run", *cached)
-    assert largest_difference(published(workdir, "kd"), published(smoke[0], "kd")) < 1e-5
+    assert largest_difference(published(workdir, "kd"), published(smoke, "kd")) < 1e-5
 
 
 def test_cached_logits_are_those_of_the_bank_of_views(smoke, tmp_path):
@@ -116,7 +116,7 @@ def test_cached_logits_are_those_of_the_bank_of_views(smoke, tmp_path):
     workdir = run(tmp_path / "students", "only=ce", f"teacher.workdir={workdir}")
     assert jkd_train.load_outcome(workdir, "teacher").members == 0
     assert jkd_train.load_outcome(workdir, "ce").members == 2
-    assert largest_difference(published(workdir, "ce"), published(smoke[0], "ce")) <= 1e-6
+    assert largest_difference(published(workdir, "ce"), published(smoke, "ce")) <= 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ IMAGES = data.load("digits8x8", "test").arrays["image"][:7]
 @pytest.fixture(scope="module")
 def run(smoke):
     """The folder of the smoke run."""
-    return smoke[0]
+    return smoke
 
 
 @pytest.fixture(scope="module")
