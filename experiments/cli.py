@@ -191,11 +191,12 @@ def initialize(args: argparse.Namespace) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the user has said where already."""
+    """Keeps compiled programs between runs, where and above what time the environment says, if it does."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jkd" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def experiment(config: ml_collections.ConfigDict) -> ModuleType:

@@ -43,7 +43,6 @@ def execute(notebook, folder):
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "JKD_DATA_DIR": os.environ.get("JKD_DATA_DIR", str(ROOT / ".cache" / "data")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "IPYTHONDIR": str(folder / "ipython"),
     }
     client = NotebookClient(notebook, kernel_manager_class=this_python(), timeout=None)

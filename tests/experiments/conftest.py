@@ -5,7 +5,6 @@ import os
 import pathlib
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,14 +13,6 @@ from jkd.train import loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from helpers_experiments import QUIET, SMOKE, listing
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_cache_policy():
-    """Commands set how long a compilation must take to be kept; the tests have a rule of their own."""
-    kept = jax.config.jax_persistent_cache_min_compile_time_secs
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,6 @@ import toys
 pytestmark = pytest.mark.usefixtures("alone")
 STEPS = 300
 LIMIT = 120  # seconds
-FAST_COMPILES = {  # only the first process can use the compilation cache
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=0",
-}
 
 
 def free_port() -> str:
@@ -32,7 +28,7 @@ def launch(workdir: pathlib.Path, *extra: list[str], devices: int, steps: int = 
     common += ["--checkpoint-every", "200", "--devices", str(devices)]
     if len(extra) > 1:
         common += ["--processes", str(len(extra)), "--port", free_port()]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": os.environ | FAST_COMPILES}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     started = [subprocess.Popen([*common, "--process", str(i), *args], **quiet) for i, args in enumerate(extra)]
     try:
         said = [process.communicate(timeout=LIMIT)[1].decode() for process in started]
@@ -108,7 +104,6 @@ def test_rows_keep_their_places_whatever_the_order_of_the_mesh():
             [sys.executable, str(script), port, str(process)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | FAST_COMPILES,
         )
         for process in range(2)
     ]
