@@ -1,7 +1,6 @@
 """Two processes over the loopback compute what one does, write once, and stop together."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
