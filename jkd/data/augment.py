@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray, UInt8
 
+from jkd.checks import check_positive, check_share
 from jkd.errors import UserError, unknown
 
 Images = Num[Array, "batch height width channel"]
@@ -95,7 +96,12 @@ def shift(key: PRNGKeyArray, images: Images, max_shift: int) -> Images:
 
 
 def flip(key: PRNGKeyArray, images: Images, probability: Number = 0.5) -> Images:
-    """Mirrors each image left to right with `probability`."""
+    """Mirrors each image left to right with `probability`.
+
+    Raises:
+      UserError: if `probability` is known to be outside [0, 1].
+    """
+    check_share("probability", probability)
     chosen = jax.random.bernoulli(key, probability, (len(images),))
     return jnp.where(_per_image(chosen), images[:, :, ::-1], images)
 
@@ -150,8 +156,10 @@ def mixup(images: Images, permutation: Int[Array, " batch"], lam: Number | Float
     2018.
 
     Raises:
-      UserError: if the images are not float: a mean of bytes would be cut off.
+      UserError: if the images are not float (a mean of bytes would be cut off), or `lam` is known to be outside
+        [0, 1].
     """
+    check_share("lam", lam)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(f"mixup needs float images (normalize them first), got {images.dtype}.")
     weight = _per_image(jnp.atleast_1d(jnp.asarray(lam, jnp.float32)))
@@ -174,8 +182,19 @@ def cutmix(
       permutation: the partner of each example.
       lam: in [0, 1], scalar or [batch].
       center: (x, y) = (column, row) in pixels, [2] or [batch, 2].
+
+    Returns:
+      Images of the same dtype. A traced `lam` that is NaN makes float images NaN.
+
+    Raises:
+      UserError: if `lam` is known to be outside [0, 1].
     """
-    return jnp.where(_cutmix_box(images.shape[1:3], lam, center), images[permutation], images)
+    check_share("lam", lam)
+    mixed = jnp.where(_cutmix_box(images.shape[1:3], lam, center), images[permutation], images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        return mixed
+    # Comparing with a NaN box would paste nothing and hide it.
+    return jnp.where(_per_image(jnp.isnan(jnp.atleast_1d(jnp.asarray(lam)))), jnp.nan, mixed)
 
 
 def cutmix_share(
@@ -184,19 +203,23 @@ def cutmix_share(
     """The share of a (height, width) image that `cutmix` replaces, after clipping.
 
     It is the weight of the partner's label: one value where `lam` and `center` are shared by the batch, else
-    one an example.
+    one an example. A traced `lam` that is NaN gives NaN.
+
+    Raises:
+      UserError: if `lam` is known to be outside [0, 1].
     """
-    return _cutmix_box(size, lam, center).mean(axis=(1, 2, 3), dtype=jnp.float32)
+    check_share("lam", lam)
+    share = _cutmix_box(size, lam, center).mean(axis=(1, 2, 3), dtype=jnp.float32)
+    return jnp.where(jnp.isnan(jnp.atleast_1d(jnp.asarray(lam))), jnp.nan, share)
 
 
 def draw_mixup(key: PRNGKeyArray, batch_size: int, alpha: Number = 0.2, *, per_example: bool = False) -> MixupDraw:
     """Draws a permutation and lam ~ Beta(alpha, alpha), one for the batch or one an example.
 
     Raises:
-      UserError: if `alpha` <= 0.
+      UserError: if `alpha` is not positive and finite.
     """
-    if alpha <= 0:
-        raise UserError(f"alpha must be > 0, got {alpha}.")
+    check_positive("alpha", alpha)
     order_key, lam_key = jax.random.split(key)
     shape = (batch_size,) if per_example else ()
     if alpha == 1:  # uniform: without the rejection sampling of Beta, which takes seconds to compile
@@ -219,7 +242,7 @@ def draw_cutmix(
     One box for the batch, or one an example.
 
     Raises:
-      UserError: if `alpha` <= 0.
+      UserError: if `alpha` is not positive and finite.
     """
     mix_key, center_key = jax.random.split(key)
     permutation, lam = draw_mixup(mix_key, batch_size, alpha, per_example=per_example)

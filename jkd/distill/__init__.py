@@ -1,9 +1,11 @@
 """Knowledge distillation: losses, temperatures and what surrounds them."""
 
 from jkd.distill.energy import (
+    EnergyDKDTerms,
     EnergyKDTerms,
     EnergyThresholds,
     energy_dkd_loss,
+    energy_dkd_terms,
     energy_kd_loss,
     energy_kd_terms,
     energy_score,
@@ -27,6 +29,7 @@ from jkd.distill.losses import (
 
 __all__ = [
     "DKDTerms",
+    "EnergyDKDTerms",
     "EnergyKDTerms",
     "EnergyThresholds",
     "HighEnergySelection",
@@ -34,6 +37,7 @@ __all__ = [
     "dkd_loss",
     "dkd_terms",
     "energy_dkd_loss",
+    "energy_dkd_terms",
     "energy_kd_loss",
     "energy_kd_terms",
     "energy_score",

@@ -6,19 +6,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jkd.checks import check_positive, concrete
 from jkd.errors import UserError
 
 Tensor = jax.Array | np.ndarray
 Scalar = int | float | np.number | Num[Tensor, ""]
-
-
-def concrete(value: ArrayLike) -> np.ndarray | None:
-    """The host copy of `value`, or None where it is traced or lies partly on other hosts."""
-    if isinstance(value, jax.core.Tracer):
-        return None
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return None
-    return np.asarray(value)
 
 
 def as_float(name: str, values: ArrayLike) -> Array:
@@ -89,17 +81,6 @@ def known_class(labels: Int[Array, "batch"], classes: int) -> Bool[Array, "batch
     the mistake.
     """
     return (labels >= 0) & (labels < classes)
-
-
-def check_positive(name: str, value: ArrayLike) -> None:
-    """Stops a value that is known here and not a finite number > 0.
-
-    Raises:
-      UserError: if so. A traced value passes: a bad one shows as NaN or inf in the result.
-    """
-    known = concrete(value)
-    if known is not None and not np.all(np.isfinite(known) & (known > 0)):
-        raise UserError(f"{name} must be positive and finite, got {value}.")
 
 
 def batch_temperature(temperature: ArrayLike, logits: Float[Array, "batch classes"]) -> Float[Array, "batch"]:

@@ -10,8 +10,9 @@ from jax.nn import logsumexp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from jkd.distill.checks import Scalar, Tensor, as_float, check_positive, concrete, logit_pair
-from jkd.distill.losses import cross_entropy, dkd_loss, kd_loss
+from jkd.checks import check_positive, concrete
+from jkd.distill.checks import Scalar, Tensor, as_float, logit_pair
+from jkd.distill.losses import cross_entropy, dkd_terms, kd_loss
 from jkd.errors import UserError
 from jkd.reduction import reduce
 
@@ -20,6 +21,8 @@ def energy_score(logits: Float[Tensor, "*batch classes"], temperature: Scalar = 
     """The energy of logits: the lower, the more certain the classifier.
 
         E = -T logsumexp(z / T),    -max z - T ln K <= E <= -max z,    dE/dz = -softmax(z / T)
+
+    In the unit of the logits, usually negative; float32 at least.
 
     Args:
       logits: raw logits; the last axis holds the K classes. Gradients pass through them.
@@ -58,7 +61,8 @@ def energy_thresholds(energies: Float[Tensor, "examples"], low_rate: float, high
         e_low = e_(n_low),    e_high = e_(N - 1 - n_high),    n = int(N rate),    e_(0) <= ... <= e_(N - 1)
 
     Without ties exactly n_low energies are < e_low and exactly n_high are > e_high. A rate of 1 takes all:
-    its threshold is then infinite. Where n_low + n_high = N, e_low > e_high.
+    its threshold is then infinite. Where n_low + n_high = N, e_low > e_high. In float32 at least; gradients pass to
+    the two energies that are taken.
 
     Args:
       energies: of the teacher over the training set, seen as in training (the same augmentation).
@@ -90,7 +94,9 @@ def energy_thresholds(energies: Float[Tensor, "examples"], low_rate: float, high
 
 
 def check_threshold(name: str, value: ArrayLike) -> None:
-    """Stops a threshold that is NaN and known here; every comparison with it would be false."""
+    """Stops a threshold that is no scalar, or is NaN and known here; every comparison with it would be false."""
+    if jnp.shape(value):
+        raise UserError(f"{name} must be a scalar, got the shape {list(jnp.shape(value))}.")
     known = concrete(value)
     if known is not None and np.isnan(known).any():
         raise UserError(f"{name} must not be NaN.")
@@ -122,7 +128,7 @@ def energy_temperature(
       t_high: temperature of LOW energies, > 0.
 
     Raises:
-      UserError: if a temperature is known to be <= 0 or not finite, or a threshold is known to be NaN.
+      UserError: if a temperature is known to be <= 0 or not finite, or a threshold is no scalar or known to be NaN.
 
     Reference: Kim et al., Maximizing discrimination capability of knowledge distillation
       with energy function, Knowledge-Based Systems 296, 2024.
@@ -161,9 +167,14 @@ def energy_kd_terms(
 ) -> EnergyKDTerms:
     """What `energy_kd_loss` adds up, for each example, with the energy and the temperature chosen.
 
+        CE_b,    T_b^2 KL(softmax(z_t,b / T_b) || softmax(z_s,b / T_b)),    E_b,    T_b
+
     What to log comes from it: the share of the low-energy group is `(terms.energy < e_low).mean()`, that
     of the high-energy group `(terms.energy > e_high).mean()`, the mean temperature
-    `terms.temperature.mean()`. Arguments, gradient stops and errors as `energy_kd_loss`.
+    `terms.temperature.mean()`. Arguments, dtypes, gradient stops and errors as `energy_kd_loss`.
+
+    Reference: Kim et al., Maximizing discrimination capability of knowledge distillation
+      with energy function, Knowledge-Based Systems 296, 2024.
     """
     student, teacher = logit_pair(student_logits, teacher_logits)
     energy = energy_score(teacher, t_energy)
@@ -195,7 +206,7 @@ def energy_kd_loss(
 
         L_b = ce_weight CE_b + kd_weight T_b^2 KL(softmax(z_t,b / T_b) || softmax(z_s,b / T_b))
 
-    T_b is that of `energy_temperature`. No gradient reaches the teacher's logits or T_b.
+    T_b is that of `energy_temperature`. No gradient reaches the teacher's logits or T_b. In float32 at least.
 
     Args:
       student_logits: raw logits; at least 2 classes.
@@ -217,18 +228,47 @@ def energy_kd_loss(
     Reference: Kim et al., Maximizing discrimination capability of knowledge distillation
       with energy function, Knowledge-Based Systems 296, 2024.
     """
-    terms = energy_kd_terms(
-        student_logits,
-        teacher_logits,
-        labels,
-        e_low,
-        e_high,
-        t_low=t_low,
-        t_mid=t_mid,
-        t_high=t_high,
-        t_energy=t_energy,
-    )
+    temperatures = {"t_low": t_low, "t_mid": t_mid, "t_high": t_high, "t_energy": t_energy}
+    terms = energy_kd_terms(student_logits, teacher_logits, labels, e_low, e_high, **temperatures)
     return reduce(terms.cross_entropy * ce_weight + terms.kd * kd_weight, reduction)
+
+
+class EnergyDKDTerms(NamedTuple):
+    """The parts of decoupled energy distillation, one value for each example; T^2 is included in both parts."""
+
+    cross_entropy: Float[Array, "batch"]
+    tckd: Float[Array, "batch"]
+    nckd: Float[Array, "batch"]
+    energy: Float[Array, "batch"]
+    temperature: Float[Array, "batch"]
+
+
+def energy_dkd_terms(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    labels: Integer[Tensor, "batch"],
+    e_low: Scalar,
+    e_high: Scalar,
+    *,
+    t_low: Scalar = 2.0,
+    t_mid: Scalar = 4.0,
+    t_high: Scalar = 6.0,
+    t_energy: Scalar = 4.0,
+) -> EnergyDKDTerms:
+    """What `energy_dkd_loss` adds up, for each example, with the energy and the temperature chosen.
+
+        CE_b,    TCKD_b and NCKD_b at T_b (see `dkd_terms`),    E_b,    T_b
+
+    Arguments, dtypes, gradient stops and errors as `energy_dkd_loss`.
+
+    Reference: Kim et al., Maximizing discrimination capability of knowledge distillation
+      with energy function, Knowledge-Based Systems 296, 2024.
+    """
+    student, teacher = logit_pair(student_logits, teacher_logits)
+    energy = energy_score(teacher, t_energy)
+    temperature = energy_temperature(energy, e_low, e_high, t_low=t_low, t_mid=t_mid, t_high=t_high)
+    hard = cross_entropy(student, labels, reduction="none")
+    return EnergyDKDTerms(hard, *dkd_terms(student, teacher, labels, temperature), energy, temperature)
 
 
 def energy_dkd_loss(
@@ -241,7 +281,7 @@ def energy_dkd_loss(
     alpha: Scalar = 1.0,
     beta: Scalar = 8.0,
     ce_weight: Scalar = 1.0,
-    kd_scale: Scalar = 1.0,
+    kd_weight: Scalar = 1.0,
     t_low: Scalar = 2.0,
     t_mid: Scalar = 4.0,
     t_high: Scalar = 6.0,
@@ -250,19 +290,22 @@ def energy_dkd_loss(
 ) -> Float[Array, "*reduced"]:
     """Energy DKD: cross-entropy and decoupled distillation at a temperature chosen by the teacher's energy.
 
-        L_b = ce_weight CE_b + kd_scale (alpha TCKD_b + beta NCKD_b)    (see `dkd_terms`)
+        L_b = ce_weight CE_b + kd_weight (alpha TCKD_b + beta NCKD_b)    (see `dkd_terms`)
+
+    TCKD_b and NCKD_b are taken at the T_b of `energy_temperature`. No gradient reaches the teacher's logits or T_b.
+    In float32 at least.
 
     Args:
       student_logits: raw logits; at least 2 classes.
-      teacher_logits: raw logits of the teacher in evaluation mode, for the same views; no gradient.
+      teacher_logits: raw logits of the teacher in evaluation mode, for the same views.
       labels: in [0, classes). A traced label outside gives NaN.
       e_low: threshold of the low-energy group, from `energy_thresholds`, fixed before training.
       e_high: threshold of the high-energy group.
       alpha: weight of the target-class part.
       beta: weight of the non-target-class part.
       ce_weight: weight of the cross-entropy.
-      kd_scale: the warm-up; the authors use min(epoch / 20, 1), which is
-        `optax.linear_schedule(0.0, 1.0, 20)(epoch)`.
+      kd_weight: weight of the distillation, which takes the warm-up; the authors use min(epoch / 20, 1), which
+        is `optax.linear_schedule(0.0, 1.0, 20)(epoch)`.
       t_low: temperature of HIGH energies.
       t_mid: temperature in between.
       t_high: temperature of LOW energies.
@@ -276,9 +319,7 @@ def energy_dkd_loss(
       with energy function, Knowledge-Based Systems 296, 2024; Zhao, Cui, Song, Qiu and Liang, Decoupled
       Knowledge Distillation, CVPR 2022.
     """
-    student, teacher = logit_pair(student_logits, teacher_logits)
-    energy = energy_score(teacher, t_energy)
-    temperature = energy_temperature(energy, e_low, e_high, t_low=t_low, t_mid=t_mid, t_high=t_high)
-    hard = cross_entropy(student, labels, reduction="none")
-    soft = dkd_loss(student, teacher, labels, temperature, alpha=alpha, beta=beta, reduction="none")
-    return reduce(hard * ce_weight + soft * kd_scale, reduction)
+    temperatures = {"t_low": t_low, "t_mid": t_mid, "t_high": t_high, "t_energy": t_energy}
+    terms = energy_dkd_terms(student_logits, teacher_logits, labels, e_low, e_high, **temperatures)
+    soft = alpha * terms.tckd + beta * terms.nckd
+    return reduce(terms.cross_entropy * ce_weight + soft * kd_weight, reduction)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
+from jkd.checks import concrete
 from jkd.distill.checks import Scalar, Tensor, as_float
 from jkd.distill.energy import check_threshold
 from jkd.distill.losses import kd_loss
@@ -26,6 +27,11 @@ def high_energy_capacity(high_rate: float, batch_size: int, *, slack: float = 1.
 
     The share of a batch that is uncertain varies around `high_rate`; with `slack` 1.5 few batches of 64 or
     more hold more than fit, and those leave out a random few.
+
+    Args:
+      high_rate: share of the training set above the high threshold, in (0, 1].
+      batch_size: of the global batch, > 0.
+      slack: how many times the expected number fits, > 0.
 
     Raises:
       UserError: if `high_rate` is not in (0, 1], or `batch_size` or `slack` is not positive.
@@ -92,8 +98,24 @@ def high_energy_partners(key: PRNGKeyArray, weights: Float[Tensor, "capacity"]) 
 
     Slot i is mixed with slot partners[i]: a valid one with a valid one, sometimes with itself, as under any
     random permutation.
+
+    Args:
+      key: decides the order.
+      weights: from `select_high_energy`; no gradient passes.
+
+    Returns:
+      Partners as int32.
+
+    Raises:
+      UserError: if the weights are no floating point vector.
+
+    Reference: Kim et al., Maximizing discrimination capability of knowledge distillation
+      with energy function, Knowledge-Based Systems 296, 2024, whose code permutes the selected images alike.
     """
-    valid = jnp.asarray(weights) > 0
+    weights = as_float("weights", weights)
+    if weights.ndim != 1:
+        raise UserError(f"weights must have the shape [capacity], got {list(weights.shape)}.")
+    valid = weights > 0
     slots = jnp.argsort(~valid)
     shuffled = jax.random.permutation(key, valid.size)
     shuffled = shuffled[jnp.argsort(~valid[shuffled])].astype(jnp.int32)
@@ -114,21 +136,27 @@ def high_energy_kd_loss(
         L = sum_i w_i KD_i / sum_i w_i    (mean; a single valid image has no other to be mixed with)
 
     The sums run over the whole (global) array: under sharding the division is by the number of valid
-    images of all devices.
+    images of all devices. In float32 at least.
 
     Args:
       student_logits: raw logits of the mixed images; at least 2 classes.
       teacher_logits: raw logits of the same mixed images; no gradient passes through them.
       temperature: > 0, a scalar or one for each slot.
-      weights: from `select_high_energy`.
+      weights: from `select_high_energy`; any weights >= 0 will do.
       reduction: "mean", "sum" or "none" (over the slots; all three weighted).
 
     Raises:
-      UserError: as `kd_loss`, or if the weights' shape is not [capacity].
+      UserError: as `kd_loss`, or if the weights' shape is not [capacity], or one is known here to be negative.
+
+    Reference: Kim et al., Maximizing discrimination capability of knowledge distillation
+      with energy function, Knowledge-Based Systems 296, 2024.
     """
     losses = kd_loss(student_logits, teacher_logits, temperature, reduction="none")
+    known = concrete(weights)
     weights = jnp.asarray(weights, losses.dtype)
     if weights.shape != losses.shape:
         raise UserError(f"weights must have the shape {list(losses.shape)}, got {list(weights.shape)}.")
+    if known is not None and (known < 0).any():
+        raise UserError(f"weights must be >= 0, got {known.min()}.")
     # A product, not a select: NaN weights must show in the loss.
     return reduce(losses, reduction, weights * ((weights > 0).sum() >= 2))

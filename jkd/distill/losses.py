@@ -57,7 +57,7 @@ def kd_loss(
 
     The sum is over classes and T_b^2 is inside the mean over the batch, so that gradients keep their
     scale when T_b differs between examples. As T grows KD_b tends to sum_k (d_k - mean d)^2 / (2 K) for
-    the logit differences d.
+    the logit differences d. In float32 at least.
 
     Args:
       student_logits: raw logits; at least 2 classes.
@@ -110,7 +110,7 @@ def dkd_terms(
 
     so that KD_b = TCKD_b + (1 - p_y) NCKD_b. With two classes NCKD is 0. The target class is left out of
     p^ and q^ exactly; the authors' code lowers its logit by 1000 after the division by T, which is the
-    same number as long as no logit leads the others by hundreds.
+    same number as long as no logit leads the others by hundreds. In float32 at least.
 
     Args:
       student_logits: raw logits; at least 2 classes.
@@ -147,7 +147,7 @@ def dkd_loss(
 ) -> Float[Array, "*reduced"]:
     """Decoupled knowledge distillation, without the cross-entropy.
 
-        DKD_b = alpha TCKD_b + beta NCKD_b    (see `dkd_terms`)
+        DKD_b = alpha TCKD_b + beta NCKD_b    (see `dkd_terms`; float32 at least)
 
     Args:
       student_logits: raw logits; at least 2 classes.

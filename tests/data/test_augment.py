@@ -195,6 +195,23 @@ def test_cutmix_box_by_hand():
     assert data.cutmix_share((8, 8), 0.75, (1, 6)).tolist() == [0.1875]
 
 
+@pytest.mark.parametrize(("side", "pasted"), [(1, 0), (2, 2), (3, 2), (5, 4), (8, 8)])
+def test_cutmix_box_of_an_odd_side_is_a_pixel_smaller(side, pasted):
+    # [c - h, c + h) with h = side // 2, as in its authors' code.
+    lam = 1 - (side / 8) ** 2
+    mixed = data.cutmix(jnp.array([0, 1]).reshape(2, 1, 1, 1) * jnp.ones((2, 8, 8, 1)), jnp.array([1, 0]), lam, (4, 4))
+    expected = np.zeros((8, 8))
+    expected[4 - pasted // 2 : 4 + pasted // 2, 4 - pasted // 2 : 4 + pasted // 2] = 1
+    np.testing.assert_array_equal(mixed[0, ..., 0], expected)
+
+
+def test_a_nan_weight_shows(images):
+    floats, order = images.astype(jnp.float32), jnp.arange(BATCH)
+    assert np.isnan(jax.jit(data.cutmix)(floats, order, jnp.nan, jnp.array([3, 3]))).all()
+    assert np.isnan(jax.jit(data.mixup)(floats, order, jnp.nan)).all()
+    assert np.isnan(jax.jit(data.cutmix_share, static_argnums=0)((8, 6), jnp.nan, jnp.array([3, 3]))).all()
+
+
 def test_cutmix_side_is_not_lost_to_rounding():
     # 10 * sqrt(1 - .36) = 8, and 20 * sqrt(1 - .51) = 14: a little less in float32.
     np.testing.assert_allclose(data.cutmix_share((10, 20), 0.36, (10, 5)), [8 * 16 / 200])
@@ -265,5 +282,19 @@ def test_errors(images):
         data.shift(KEY, images, -1)
     with pytest.raises(UserError, match="size must be >= 0, got -2"):
         data.cutout(KEY, images, -2)
-    with pytest.raises(UserError, match="alpha must be > 0, got 0"):
-        data.draw_cutmix(KEY, 4, (8, 8), 0)
+    for alpha in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"alpha must be positive and finite, got {alpha}"):
+            data.draw_cutmix(KEY, 4, (8, 8), alpha)
+        with pytest.raises(UserError, match="alpha must be positive and finite"):
+            data.draw_mixup(KEY, 4, alpha)
+    with pytest.raises(UserError, match=r"probability must lie in \[0, 1\], got 3"):
+        data.flip(KEY, images, 3)
+    order, center, floats = jnp.arange(BATCH), (3, 3), images.astype(jnp.float32)
+    for lam in (-0.1, 1.5, float("nan")):
+        message = rf"lam must lie in \[0, 1\], got {lam}"
+        with pytest.raises(UserError, match=message):
+            data.cutmix(images, order, lam, center)
+        with pytest.raises(UserError, match=message):
+            data.cutmix_share((8, 6), lam, center)
+        with pytest.raises(UserError, match=message):
+            data.mixup(floats, order, lam)

@@ -11,7 +11,9 @@ from jax.test_util import check_grads
 from jkd.distill import (
     cross_entropy,
     dkd_loss,
+    dkd_terms,
     energy_dkd_loss,
+    energy_dkd_terms,
     energy_kd_loss,
     energy_kd_terms,
     energy_score,
@@ -93,9 +95,20 @@ def test_losses_are_the_weighted_sum_of_their_parts(batch, thresholds):
     np.testing.assert_allclose(terms.cross_entropy, cross_entropy(student, labels, reduction="none"))
     warm_up = optax.linear_schedule(0.0, 1.0, 20)
     for epoch, scale in ((0, 0.0), (5, 0.25), (40, 1.0)):
-        value = energy_dkd_loss(*batch, *thresholds, t_low=1.0, beta=6.0, kd_scale=warm_up(epoch))
+        value = energy_dkd_loss(*batch, *thresholds, t_low=1.0, beta=6.0, kd_weight=warm_up(epoch))
         soft = dkd_loss(student, teacher, labels, terms.temperature, beta=6.0)
         assert value == pytest.approx(float(terms.cross_entropy.mean() + scale * soft), rel=1e-6)
+
+
+def test_decoupled_parts_are_taken_at_the_temperatures_of_the_rule(batch, thresholds):
+    terms = energy_dkd_terms(*batch, *thresholds, t_low=1.0)
+    rule = energy_kd_terms(*batch, *thresholds, t_low=1.0)
+    for name in ("cross_entropy", "energy", "temperature"):
+        np.testing.assert_array_equal(getattr(terms, name), getattr(rule, name))
+    assert set(np.unique(terms.temperature)) == {1, 4, 6}
+    expected = dkd_terms(*batch, rule.temperature)
+    np.testing.assert_array_equal(terms.tckd, expected.tckd)
+    np.testing.assert_array_equal(terms.nckd, expected.nckd)
 
 
 # Properties.
@@ -295,6 +308,8 @@ def test_comparisons_do_not_hide_a_nan():
 def test_static_faults(loss):
     with pytest.raises(UserError, match=r"same shape, got \[4, 3\] and \[3, 3\]"):
         loss(STUDENT, TEACHER[:3], LABELS, E_LOW, E_HIGH)
+    with pytest.raises(UserError, match=r"e_low must be a scalar, got the shape \[4\]"):
+        loss(STUDENT, TEACHER, LABELS, np.zeros(4), E_HIGH)
     with pytest.raises(UserError, match="logits must be floating point, got int32"):
         energy_score(TEACHER.astype(np.int32))
     with pytest.raises(UserError, match=r"energies must have the shape \[examples\].*got \[2, 2\]"):

@@ -183,3 +183,7 @@ def test_mistakes(logits):
         high_energy_capacity(0.5, 0)
     with pytest.raises(UserError, match=r"weights must have the shape \[8\], got \[3\]"):
         high_energy_kd_loss(*logits, 4.0, np.ones(3))
+    with pytest.raises(UserError, match="weights must be >= 0, got -1"):
+        high_energy_kd_loss(*logits, 4.0, np.array([1, 1, 0, -1.0, 0, 0, 0, 0]))
+    with pytest.raises(UserError, match=r"weights must have the shape \[capacity\], got \[2, 4\]"):
+        high_energy_partners(KEY, np.ones((2, 4)))
