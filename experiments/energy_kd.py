@@ -219,9 +219,13 @@ def group_evaluator(setup: dst.Setup) -> train.Evaluator:
 # --- claims ---
 
 CLAIMS = (
+    studies.Claim("the teacher beats its student by KD", better="teacher", worse="kd"),
     studies.Claim("KD beats training on labels alone", better="kd", worse="ce"),
     studies.Claim(
         "Energy KD beats KD (same epochs)", "better on CIFAR-100, -LT and ImageNet", better="energy_kd", worse="kd"
+    ),
+    studies.Claim(
+        "Energy KD is not worse than KD (0.25 points)", "better", better="energy_kd", worse="kd", margin=0.25
     ),
     studies.Claim(
         "Energy KD beats KD at 1.5 times the epochs, both", "not compared", better="energy_kd_long", worse="kd_long"
@@ -241,6 +245,14 @@ CLAIMS = (
     ),
     studies.Claim("HE-DA beats KD without it", better="kd_he_da", worse="kd"),
     studies.Claim(
+        "HE-DA beats KD at 1.5 times the epochs (its own images a step: 1.75)", better="kd_he_da", worse="kd_long"
+    ),
+    studies.Claim(
+        "the teacher is right more often on low energies than on high ones",
+        better=("teacher", "energy/accuracy_low_energy"),
+        worse=("teacher", "energy/accuracy_high_energy"),
+    ),
+    studies.Claim(
         "low energy goes with high confidence (rank correlation)",
         value=("teacher", "energy/rank_correlation_confidence"),
         inside=(-1.0, -0.5),
@@ -248,6 +260,11 @@ CLAIMS = (
     studies.Claim(
         "the low-energy group has the asked share of the views",
         value=("energy_kd", "groups/share_low"),
+        inside=(0.28, 0.32),
+    ),
+    studies.Claim(
+        "the high-energy group has the asked share of the views",
+        value=("energy_kd", "groups/share_high"),
         inside=(0.28, 0.32),
     ),
 )

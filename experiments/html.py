@@ -28,7 +28,10 @@ def page(results: Mapping[str, Any]) -> str:
     intro = (
         "Every arm has its own learning rate, tuned on validation rows of seeds that the final runs do not use; "
         "differences are paired by seed (one split, one teacher and one initialization a seed), in percentage points "
-        "of test accuracy. A claim holds where the whole interval is on its side."
+        "of test accuracy. A claim holds where the whole interval is on its side; p is that of the paired t-test, and "
+        "'before correction' says that the claim does not hold at 5 % after Holm's correction for all claims of its "
+        "study. Intervals are over seeds, which share one pool of training rows and one set of test rows: they say "
+        "nothing about other data."
     )
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>jkd: claims</title><style>{STYLE}</style>"

@@ -11,6 +11,8 @@ from jkd.errors import UserError
 from jkd.train import NonFiniteError
 
 HOLDS, REVERSED, OPEN = "holds", "the reverse holds", "not at this scale"
+ALONE = " before correction"  # after HOLDS or REVERSED: not after Holm's, for the number of claims of a study
+LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Claim:
     Attributes:
       text: the statement.
       paper: what the paper reports, or "" where it gives no figure.
-      better: the arm that is said to be better; with `worse`, tested by the paired difference over seeds.
+      better: the arm that is said to be better; with `worse`, tested by the paired difference over seeds. An arm
+        stands for its test accuracy; any other metric is written `(stage, metric)`.
       worse: the arm that is said to be worse.
       margin: percentage points by which `better` may fall behind and still count (a claim of "not worse").
       value: `(stage, metric)`: tested by the metric's mean over seeds instead ...
@@ -29,8 +32,8 @@ class Claim:
 
     text: str
     paper: str = ""
-    better: str = ""
-    worse: str = ""
+    better: str | tuple[str, str] = ""
+    worse: str | tuple[str, str] = ""
     margin: float = 0.0
     value: tuple[str, str] | None = None
     inside: tuple[float, float] = (-np.inf, np.inf)
@@ -66,22 +69,31 @@ def judge(claim: Claim, stages: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict of one claim from the final runs: statement, effect, interval, seeds, verdict."""
     row = {"claim": claim.text, "paper": claim.paper or "no figure"}
     if claim.value is not None:
-        stage, metric = claim.value
-        found = metrics.mean_interval(np.atleast_1d(np.asarray(stages[stage]["metrics"][metric], float)))
+        found = metrics.mean_interval(_values(claim.value, stages))
         low, high = claim.inside
         verdict = HOLDS if low <= found.low and found.high <= high else OPEN
-        test = f"{stage} {metric} in [{low:g}, {high:g}]"
+        test = f"{_shown(claim.value)} in [{low:g}, {high:g}]"
         numbers = {"effect": float(found.mean), "interval": [float(found.low), float(found.high)], "p_value": None}
         return {**row, "test": test, **numbers, "seeds": int(found.n), "verdict": verdict}
-    ours, theirs = (np.asarray(stages[name]["metrics"][TEST], float) for name in (claim.better, claim.worse))
-    pair = metrics.paired_difference(ours, theirs)
+    ours, theirs = (_values(one, stages) for one in (claim.better, claim.worse))
+    # The test that belongs to the interval: exact sign flips of few seeds could never be significant.
+    pair = metrics.paired_difference(ours, theirs, margin=claim.margin, exact=False)
     if pair.low > -claim.margin:
         verdict = HOLDS
     else:
         verdict = REVERSED if pair.high < -claim.margin else OPEN
     numbers = {"effect": float(pair.mean), "interval": [float(pair.low), float(pair.high)]}
-    test = f"{claim.better} - {claim.worse} > {-claim.margin:g}"
+    test = f"{_shown(claim.better)} - {_shown(claim.worse)} > {-claim.margin:g}"
     return {**row, "test": test, **numbers, "p_value": float(pair.p_value), "seeds": int(pair.n), "verdict": verdict}
+
+
+def _values(of: str | tuple[str, str], stages: Mapping[str, Any]) -> np.ndarray:
+    stage, metric = (of, TEST) if isinstance(of, str) else of
+    return np.atleast_1d(np.asarray(stages[stage]["metrics"][metric], float))
+
+
+def _shown(of: str | tuple[str, str]) -> str:
+    return of if isinstance(of, str) else " ".join(of)
 
 
 def best_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
@@ -134,10 +146,16 @@ def _plain(scores: Mapping[float, float]) -> dict[str, float | None]:
 
 
 def judge_all(claims: Sequence[Claim], stages: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The verdicts of a study's claims, with the p-values adjusted for their number (Holm) beside the plain ones."""
+    """The verdicts of a study's claims.
+
+    p-values adjusted for their number (Holm) stand beside the plain ones, and a verdict that does not survive this
+    says so.
+    """
     rows = [judge(claim, stages) for claim in claims]
     tested = [row for row in rows if row["p_value"] is not None]
     if tested:
         for row, value in zip(tested, metrics.holm([row["p_value"] for row in tested]), strict=True):
             row["p_holm"] = float(value)
+            if row["verdict"] != OPEN and value > LEVEL:
+                row["verdict"] += ALONE
     return rows

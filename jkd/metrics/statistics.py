@@ -84,24 +84,29 @@ def _sign_flip_p(differences: np.ndarray) -> float:
     return float(np.mean(np.abs(sums) >= abs(differences.sum()) - tolerance))
 
 
-def _t_test_p(interval: Interval) -> float:
+def _t_test_p(interval: Interval, margin: float) -> float:
+    distance = abs(interval.mean + margin)
     if interval.standard_error == 0:
-        return 1.0 if interval.mean == 0 else 0.0
-    return float(2 * stats.t.sf(abs(interval.mean) / interval.standard_error, interval.n - 1))
+        return 1.0 if distance == 0 else 0.0
+    return float(2 * stats.t.sf(distance / interval.standard_error, interval.n - 1))
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> PairedDifference:
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, margin: float = 0.0, exact: bool | None = None
+) -> PairedDifference:
     """The mean of a - b over pairs (same seed, same split), its Student t interval and p-value.
 
-    The null hypothesis is that each difference is as likely to have the other sign. Up to 12 pairs the
-    p-value is exact: the share of the 2^n sign patterns whose absolute sum is at least the observed one
+    The null hypothesis is that each difference lies as likely as far on the other side of -margin. Up to 12 pairs
+    the p-value is exact: the share of the 2^n sign patterns whose absolute sum is at least the observed one
     (at best 2 / 2^n, so 5 pairs cannot fall below 0.0625). For more pairs it is that of the two-sided
-    paired t-test.
+    paired t-test, which is below 1 - confidence where the interval leaves -margin out.
 
     Args:
       a: at least 2 values.
       b: as many, in the order of `a`.
       confidence: of the interval, in (0, 1).
+      margin: the null hypothesis is a difference of -margin; mean and interval are not shifted.
+      exact: True or False for one of the two tests whatever the number of pairs; exact ones take 2^n time.
 
     Raises:
       UserError: on fewer than 2 pairs, different lengths, a value that is not finite, or `confidence`
@@ -110,7 +115,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> P
     first, second = _pair(a, b)
     differences = first - second
     interval = mean_interval(differences, confidence)
-    p_value = _sign_flip_p(differences) if differences.size <= EXACT_PAIRS else _t_test_p(interval)
+    exact = differences.size <= EXACT_PAIRS if exact is None else exact
+    p_value = _sign_flip_p(differences + margin) if exact else _t_test_p(interval, margin)
     return PairedDifference(*interval, p_value)
 
 

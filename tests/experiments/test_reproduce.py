@@ -167,7 +167,9 @@ def made_up(monkeypatch):
             begun.append(file.parent.name)
             file.parent.mkdir(parents=True)
             names = ["teacher", *distillation.selected_arms(config)]
-            more = {"energy/rank_correlation_confidence": [-0.9, -0.9], "groups/share_low": [0.3, 0.3]}
+            more = {"energy/rank_correlation_confidence": [-0.9, -0.9]}
+            more |= {"energy/accuracy_low_energy": [99, 98], "energy/accuracy_high_energy": [60, 61]}
+            more |= {"groups/share_low": [0.3, 0.3], "groups/share_high": [0.3, 0.3]}
             found = {n: stage([50 + i, 51 + i], **more) for i, n in enumerate(names)}
             file.write_text(json.dumps({"stages": found, "config": flatten(config.to_dict())}))
         return json.loads(file.read_text())
@@ -257,8 +259,39 @@ def test_p_values_are_adjusted_for_their_number():
     spread = np.array([0.9, 1.0, 1.1, 1.2, 0.8])
     stages = arms(ours=50 + spread, theirs=[50.0] * 5)
     one, two, value = studies.judge_all([CLAIM, CLAIM, CLAIM_OF_VALUE], stages)
-    assert one["p_holm"] == two["p_holm"] == min(1.0, 2 * one["p_value"])
+    assert one["p_holm"] == two["p_holm"] == 2 * one["p_value"] < 0.05
+    assert one["verdict"] == studies.HOLDS
     assert "p_holm" not in value
+
+
+def test_a_verdict_says_when_it_does_not_survive_correction():
+    # t = sqrt(5) 1.14 / .669 = 3.81 with 4 degrees of freedom: p = .019; twice that is below .05, three times above.
+    stages = arms(ours=50 + np.array([0.2, 1.0, 1.0, 1.5, 2.0]), theirs=[50.0] * 5, same=[50.0] * 5)
+    reverse = studies.Claim("theirs beats ours", better="theirs", worse="ours")
+    none = studies.Claim("nothing", better="theirs", worse="same")
+    rows = studies.judge_all([CLAIM, reverse], stages)
+    assert [row["verdict"] for row in rows] == [studies.HOLDS, studies.REVERSED]
+    rows = studies.judge_all([CLAIM, reverse, none], stages)
+    assert [row["verdict"] for row in rows] == [
+        "holds before correction",
+        "the reverse holds before correction",
+        studies.OPEN,
+    ]
+
+
+def test_the_p_value_of_a_margin_is_that_of_its_verdict():
+    # -.1 -+ .1: 1.73 standard errors from 0 and 2.6 from -.25 (4.3 are needed).
+    assert judged(-0.1 + SPREAD)["p_value"] == pytest.approx(0.225, abs=1e-3)
+    assert judged(-0.1 + SPREAD, margin=0.25)["p_value"] == pytest.approx(0.1215, abs=1e-3)
+    row = judged(SPREAD, margin=0.25)
+    assert (row["verdict"], row["p_value"] < 0.05) == (studies.HOLDS, True)
+
+
+def test_any_metric_can_be_compared():
+    claim = studies.Claim("low beats high", better=("ours", "a/low"), worse=("ours", "a/high"))
+    row = studies.judge(claim, {"ours": {"metrics": {"a/low": list(2 + SPREAD), "a/high": [0.0] * 3}}})
+    assert (row["effect"], row["verdict"]) == (pytest.approx(2), studies.HOLDS)
+    assert row["test"] == "ours a/low - ours a/high > -0"
 
 
 def test_reproduce_refuses_unknown_methods(refused, untouched):
@@ -270,5 +303,6 @@ def test_the_shipped_studies_name_real_arms():
     for study in energy_kd.STUDIES:
         config = cli.load_config(study.config)
         for claim in study.claims:
-            named = {claim.better, claim.worse} - {""} if claim.value is None else {claim.value[0]} - {"teacher"}
-            assert named <= set(config.arms)
+            named = [claim.better, claim.worse] if claim.value is None else [claim.value]
+            stages = {one if isinstance(one, str) else one[0] for one in named}
+            assert stages <= {*config.arms, "teacher"}

@@ -69,6 +69,23 @@ def test_many_pairs_take_the_t_test(a, b):
         assert paired_difference(a, b).p_value == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
 
 
+@given(a=VALUES, b=VALUES, margin=st.floats(-1, 1))
+def test_a_margin_moves_the_null_hypothesis_alone(a, b, margin):
+    plain = paired_difference(a, b)
+    for exact, moved in ((True, paired_difference(a + margin, b)), (False, stats.ttest_1samp(a - b, -margin))):
+        found = paired_difference(a, b, margin=margin, exact=exact)
+        assert found[:5] == plain[:5]
+        p_value = moved.p_value if exact else moved.pvalue
+        assert np.isnan(p_value) or found.p_value == pytest.approx(p_value, rel=1e-6, abs=1e-9)
+
+
+@given(a=VALUES, b=VALUES)
+def test_the_t_test_agrees_with_the_interval(a, b):
+    found = paired_difference(a, b, exact=False)
+    if found.standard_error > 0:
+        assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
+
+
 @pytest.mark.parametrize("n", [4, 20])
 def test_identical_runs(n):
     assert paired_difference(np.arange(n), np.arange(n)) == (0, 0, 0, 0, n, 1)
