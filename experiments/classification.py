@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,14 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
 
     variables = jax.eval_shape(lambda: nn.init(model, jax.random.key(0), task.shape))
     return Predictor(predict, task.shape, variables)
+
+
+def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonnegative: tuple = ()) -> None:
+    """Raises UserError unless these fields of the section `name` are finite and > 0, or >= 0."""
+    for field in (*positive, *nonnegative):
+        value, least = section[field], "> 0" if field in positive else ">= 0"
+        if not (math.isfinite(value) and value >= 0 and (value > 0 or field in nonnegative)):
+            raise UserError(f"{name}.{field} must be finite and {least}, got {value}.")
 
 
 def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:

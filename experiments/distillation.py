@@ -32,9 +32,13 @@ def selected_arms(config: ConfigDict) -> list[str]:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError unless `teacher.source` and the arms in `only` exist, and the seeds are a positive number."""
+    """Raises UserError for names that do not exist, and for numbers that nothing could be trained with."""
     cls.member_keys(config)
-    selected_arms(config)
+    for name in selected_arms(config):
+        cls.check_numbers(config.arms[name], f"arms.{name}", positive=("lr", "epochs"))
+    cls.check_numbers(config.teacher, "teacher", positive=("lr", "epochs"))
+    for name in ("teacher", "student"):
+        cls.check_numbers(config[name], name, nonnegative=("momentum", "weight_decay"))
     if config.teacher.source not in TEACHERS:
         raise unknown("teacher.source", config.teacher.source, TEACHERS)
     if config.teacher.source == "cached" and config.data.image_size:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments import classification as cls
 from experiments import distillation as dst
 from experiments import studies
 from jkd import data, distill, metrics, nn, train
@@ -56,13 +57,12 @@ def check(config: ConfigDict) -> None:
             raise unknown(f"arms.{name}.mix", arm.mix, MIXES)
         if arm.mixer not in MIXERS:
             raise unknown(f"arms.{name}.mixer", arm.mixer, MIXERS)
-        for field in ("temperature", "t_low", "t_mid", "t_high"):
-            if not arm[field] > 0:
-                raise UserError(f"arms.{name}.{field} must be > 0, got {arm[field]}.")
-        if min(arm.low_rate, arm.high_rate) < 0 or arm.low_rate + arm.high_rate > 1:
+        weights = ("ce_weight", "kd_weight", "alpha", "beta", "warmup_epochs", "low_rate", "high_rate")
+        temperatures = ("temperature", "t_low", "t_mid", "t_high")
+        cls.check_numbers(arm, f"arms.{name}", positive=temperatures, nonnegative=weights)
+        if arm.low_rate + arm.high_rate > 1:
             raise UserError(
-                f"arms.{name}.low_rate and high_rate must be >= 0 and add up to at most 1, "
-                f"got {arm.low_rate} and {arm.high_rate}."
+                f"arms.{name}.low_rate and high_rate must add up to at most 1, got {arm.low_rate} and {arm.high_rate}."
             )
         if arm.mix == "high_energy" and not arm.high_rate > 0:
             raise UserError(f"arms.{name}.high_rate must be > 0 where mix is 'high_energy', got {arm.high_rate}.")
@@ -125,6 +125,7 @@ def student_step(setup: dst.Setup, arm: ConfigDict, optimizer: Any, steps_per_ep
     def step(key: jax.Array, state: Any, consts: Any, batch: Any, t: Any) -> Any:
         key_view, key_mix = jax.random.split(key)
         images, teacher_logits = dst.look(setup, key_view, consts, batch)
+        groups = group_shares(arm, teacher_logits, consts)
 
         def loss_fn(params: Any, batch: Any, key: Any) -> Any:
             out, model_state = nn.apply_train(setup.student.apply, params, state.model_state, images)
@@ -135,11 +136,23 @@ def student_step(setup: dst.Setup, arm: ConfigDict, optimizer: Any, steps_per_ep
                 target = setup.teach(consts["teacher"], mixed)
                 value += arm.kd_weight * distill.high_energy_kd_loss(again.logits, target, arm.temperature, weights)
             correct = metrics.topk_correct(out.logits, batch["label"]).mean()
-            return value, train.Aux({"accuracy": correct}, model_state)
+            return value, train.Aux({"accuracy": correct, **groups}, model_state)
 
         return train.make_train_step(loss_fn, optimizer)(state, batch, key_mix)
 
     return step
+
+
+def group_shares(arm: ConfigDict, teacher_logits: Any, consts: Any) -> dict[str, jax.Array]:
+    """What an arm that uses energies logs of a batch: the shares of both groups, and the mean temperature."""
+    if not uses_energy(arm):
+        return {}
+    energy, limits = distill.energy_score(teacher_logits), consts["thresholds"]
+    found = {"share_low": (energy < limits["low"]).mean(), "share_high": (energy > limits["high"]).mean()}
+    if arm.loss in ("energy_kd", "energy_dkd"):
+        temperatures = {"t_low": arm.t_low, "t_mid": arm.t_mid, "t_high": arm.t_high}
+        found["temperature"] = distill.energy_temperature(energy, limits["low"], limits["high"], **temperatures).mean()
+    return found
 
 
 def arm_loss(arm: ConfigDict, steps_per_epoch: float) -> Callable:
@@ -169,7 +182,7 @@ def arm_loss(arm: ConfigDict, steps_per_epoch: float) -> Callable:
         return distill.cross_entropy(student, labels) + warm_up(t) * soft
 
     def energy_dkd(student: Any, teacher: Any, labels: Any, consts: Any, t: Any) -> Any:
-        options = {"alpha": arm.alpha, "beta": arm.beta, "kd_scale": warm_up(t), **temperatures, **limits(consts)}
+        options = {"alpha": arm.alpha, "beta": arm.beta, "kd_weight": warm_up(t), **temperatures, **limits(consts)}
         return distill.energy_dkd_loss(student, teacher, labels, **options)
 
     return {"ce": ce, "kd": kd, "energy_kd": energy_kd, "dkd": dkd, "energy_dkd": energy_dkd}[arm.loss]
