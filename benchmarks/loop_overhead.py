@@ -91,7 +91,7 @@ def bare(stage: train.Stage, source: TimedSource, mesh) -> float:
     """Seconds a step of the loop's own program in a bare loop."""
     ctx = types.SimpleNamespace(mesh=mesh, rules=RULES, residents=Residents(mesh))
     member = Member(ctx, stage, jax.random.key(0), {}, {})
-    member.create(stage)
+    member.create(member.initializer(stage))
     program = step_program(stage.step, source.assemble, 0, LOG_EVERY, mesh, tuple(RULES))
     inputs = [(jax.device_put(source.local(t)), jnp.int32(t)) for t in range(stage.num_steps)]
     carry, rest = member.carry, ({}, member.resident, member.step_key)

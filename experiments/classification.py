@@ -95,6 +95,7 @@ def load_task(config: ConfigDict) -> Task:
         return Task(c, make(c.num_examples), make(max(c.num_examples // 10, config.eval_batch_size)), loader)
     load = functools.partial(data.load, c.name, data_dir=c.data_dir or None, image_size=c.image_size or None)
     task = Task(c, load(c.train_split), load(c.test_split), loader)
+    _check_sizes(config, len(task.pool))
     for name in ("mean", "std"):
         if len(c[name]) not in (1, task.shape[-1]):
             raise UserError(f"data.{name} must be one number or one a channel ({task.shape[-1]}), got {len(c[name])}.")
@@ -109,6 +110,17 @@ def load_task(config: ConfigDict) -> Task:
             "Set a smaller batch_size, or more data.train_examples."
         )
     return task
+
+
+def _check_sizes(config: ConfigDict, rows: int) -> None:
+    c = config.data
+    if min(c.train_examples, c.validation_examples) < 0 or c.train_examples + c.validation_examples >= rows:
+        raise UserError(
+            f"data.train_examples={c.train_examples} and data.validation_examples={c.validation_examples} must be >= 0 "
+            f"and together less than the {rows} rows of data.train_split; train_examples=0 takes all others."
+        )
+    if not c.imbalance >= 1:
+        raise UserError(f"data.imbalance must be >= 1 (1: no long tail), got {c.imbalance}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +141,18 @@ class Views:
 
 
 def make_views(config: ConfigDict) -> Views:
-    """The views of a config's `data` section: shift, pad_crop and flip, in this order."""
+    """The views of a config's `data` section: shift, pad_crop and flip, in this order.
+
+    Raises:
+      UserError: for a negative shift or padding, or a `std` that is not positive.
+    """
     c = config.data
+    for name in ("shift", "pad_crop"):
+        if c[name] < 0:
+            raise UserError(f"data.{name} must be >= 0 pixels, got {c[name]}.")
+    for name, least in (("mean", -math.inf), ("std", 0.0)):
+        if not all(math.isfinite(value) and value > least for value in c[name]):
+            raise UserError(f"data.{name} must be finite{' and > 0' if name == 'std' else ''}, got {c[name]}.")
     steps: list[Callable] = []
     if c.shift:
         steps.append(functools.partial(data.shift, max_shift=c.shift))
@@ -148,6 +170,10 @@ def build_model(config: ConfigDict, task: Task) -> Any:
         options = {"width": config.width}
     if config.dtype not in DTYPES:
         raise unknown("dtype", config.dtype, DTYPES)
+    if config.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != np.float64:
+        raise UserError("dtype=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1.")
+    if config.model == "mlp" and min(config.hidden, default=1) < 1:
+        raise UserError(f"hidden must be widths >= 1, got {tuple(config.hidden)}.")
     return nn.build(config.model, task.num_classes, dtype=jnp.dtype(config.dtype), **options)
 
 
@@ -193,31 +219,36 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
     return Predictor(predict, task.shape, variables)
 
 
+SCHEDULES = ("cosine", "steps")
+
+
+def check_schedule(section: ConfigDict, name: str, milestones: str, epochs: tuple) -> None:
+    """Raises UserError unless a section's schedule exists, and its milestones (of the field `milestones`) are > 0."""
+    if section.schedule not in SCHEDULES:
+        raise unknown(f"{name}.schedule", section.schedule, SCHEDULES)
+    if section.schedule == "steps" and not all(epoch > 0 for epoch in epochs):
+        raise UserError(f"{milestones} must be epochs > 0 where {name}.schedule is 'steps', got {tuple(epochs)}.")
+
+
 def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonnegative: tuple = ()) -> None:
-    """Raises UserError unless these fields of the section `name` are finite and > 0, or >= 0."""
+    """Raises UserError unless these fields of the section `name` ("": the config) are finite and > 0, or >= 0."""
     for field in (*positive, *nonnegative):
         value, least = section[field], "> 0" if field in positive else ">= 0"
         if not (math.isfinite(value) and value >= 0 and (value > 0 or field in nonnegative)):
-            raise UserError(f"{name}.{field} must be finite and {least}, got {value}.")
+            shown = f"{name}.{field}" if name else field
+            raise UserError(f"{shown} must be finite and {least}, got {value}.")
 
 
 def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
     """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
 
-    `milestones` are epochs: the rate drops tenfold after each of them.
-
-    Raises:
-      UserError: for another schedule, or a milestone that is not positive.
+    `milestones` are epochs: the rate drops tenfold after each of them. See `check_schedule`.
     """
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(lr, num_steps)
-    elif config.schedule == "steps":
-        if min(config.milestones, default=1) <= 0:
-            raise UserError(f"milestones must be epochs > 0 where schedule is 'steps', got {config.milestones}.")
+    else:
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
         schedule = optax.piecewise_constant_schedule(lr, drops)
-    else:
-        raise UserError(f"schedule must be 'cosine' or 'steps', got {config.schedule!r}.")
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum))
 
 

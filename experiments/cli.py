@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import sys
@@ -17,7 +16,7 @@ import ml_collections
 from etils import epath
 
 from jkd.errors import UserError, nearest, unknown
-from jkd.train.workdir import EXECUTION_FIELDS, flatten
+from jkd.train.workdir import EXECUTION_FIELDS, flatten, folder_of, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -44,10 +43,15 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_col
 
 def _load_module(file: pathlib.Path) -> ModuleType:
     found = importlib.util.spec_from_file_location(f"configs.{file.stem}", file)
-    assert found is not None
-    assert found.loader is not None
+    if found is None or found.loader is None:
+        raise UserError(f"{file} is no config: it is not a Python file.")
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{file} is no config: {error.msg} (line {error.lineno}).") from error
+    if not hasattr(module, "get_config") or not hasattr(module, "VARIANTS"):
+        raise UserError(f"{file} is no config: it has no get_config(variant) or no VARIANTS, the names it takes.")
     return module
 
 
@@ -78,10 +82,10 @@ def load_run(
     Raises:
       UserError: if the folder is not one of a run, or for an override of what the run computed.
     """
-    file = epath.Path(workdir) / "config.json"
-    if not file.exists():
+    folder = folder_of(workdir)
+    if not (folder / "config.json").exists():
         raise UserError(f"{workdir} is not the folder of a run: it holds no config.json.")
-    config = ml_collections.ConfigDict(_with_tuples(json.loads(file.read_text())))
+    config = ml_collections.ConfigDict(_with_tuples(read_config(folder)))
     if "method" not in config:
         raise UserError(f"{workdir} is not a run of `python -m experiments.train`: its config.json names no method.")
     changed = [n for n in overrides if n not in allowed and n.partition(".")[0] not in EXECUTION_FIELDS]
@@ -104,13 +108,19 @@ def new_file(path: str) -> epath.Path:
     """A path to write to.
 
     Raises:
-      UserError: if it exists already, or its folder does not.
+      UserError: if it exists already, or its folder does not or cannot be written.
     """
     file = epath.Path(path)
     if file.exists():
         raise UserError(f"{path} exists already and is not overwritten; give another name, or remove it.")
     if not file.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {file.parent}.")
+    try:
+        probe = file.parent / f".{file.name}.tmp"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     return file
 
 
@@ -120,7 +130,10 @@ def _parse(value: Any, like: Any) -> Any:
     if isinstance(like, bool):
         return {"true": True, "false": False}[value.lower()] if value.lower() in ("true", "false") else value
     if isinstance(like, tuple):
-        items = [item.strip() for item in value.strip("()").split(",") if item.strip()]
+        inner = value[1:-1] if value.startswith("(") and value.endswith(")") else value
+        if set("()[]") & set(inner):
+            raise ValueError(value)
+        items = [item.strip() for item in inner.split(",") if item.strip()]
         return tuple(_parse(item, like[0]) if like else item for item in items)
     parsed = ast.literal_eval(value)
     if parsed is None or isinstance(parsed, bool):
@@ -133,21 +146,22 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}. Ask --help for the arguments.")
 
 
-def parser(description: str, *, config: bool = True) -> argparse.ArgumentParser:
-    """The arguments that all commands share."""
+def parser(description: str, *, config: bool = True, processes: bool = True) -> argparse.ArgumentParser:
+    """The arguments that commands share: a config, and how processes find each other."""
     made = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any field of the config is set by --config.NAME=VALUE, e.g. --config.arms.kd.lr=0.02."
-        if config
-        else None,
         allow_abbrev=False,
     )
     if config:
         made.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="configs/<method>.py[:variant]")
         made.epilog = "Any field of the config is set by --config.NAME=VALUE, e.g. --config.arms.kd.lr=0.02."
-    group = made.add_argument_group("several processes (detected by itself on TPU pods and under SLURM)")
-    group.add_argument("--distributed", action="store_true", help="join the cluster that JAX detects")
+    if not processes:
+        return made
+    group = made.add_argument_group("several processes (give the same command to each)")
+    group.add_argument(
+        "--distributed", action="store_true", help="join the cluster that JAX detects: TPU pods, SLURM, ..."
+    )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num-processes", type=int)
     group.add_argument("--process-id", type=int)
@@ -167,7 +181,7 @@ def parse(
     for item in rest:
         name, equals, value = item.removeprefix("--config.").partition("=")
         if not item.startswith("--config.") or not equals:
-            options = [o for action in made._actions for o in action.option_strings]
+            options = [f"--{option.replace('_', '-')}" for option in vars(args)]
             raise UserError(
                 f"Unknown argument {item!r}.{nearest(item, options)} Fields are set as --config.NAME=VALUE."
             )
@@ -203,7 +217,10 @@ def experiment(config: ml_collections.ConfigDict) -> ModuleType:
     """The module of the config's method."""
     if importlib.util.find_spec(f"experiments.{config.method}") is None:
         raise UserError(f"There is no method {config.method!r}: no experiments/{config.method}.py.")
-    return importlib.import_module(f"experiments.{config.method}")
+    module = importlib.import_module(f"experiments.{config.method}")
+    if not hasattr(module, "stages"):
+        raise UserError(f"There is no method {config.method!r}: experiments/{config.method}.py has no stages(config).")
+    return module
 
 
 def command(main: Callable[[], None]) -> None:

@@ -34,11 +34,15 @@ def selected_arms(config: ConfigDict) -> list[str]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for names that do not exist, and for numbers that nothing could be trained with."""
     cls.member_keys(config)
-    for name in selected_arms(config):
-        cls.check_numbers(config.arms[name], f"arms.{name}", positive=("lr", "epochs"))
+    cls.check_numbers(config, "", nonnegative=("eval_epochs",))
     cls.check_numbers(config.teacher, "teacher", positive=("lr", "epochs"))
+    cls.check_schedule(config.teacher, "teacher", "teacher.milestones", config.teacher.milestones)
     for name in ("teacher", "student"):
         cls.check_numbers(config[name], name, nonnegative=("momentum", "weight_decay"))
+    for name in selected_arms(config):
+        arm = config.arms[name]
+        cls.check_numbers(arm, f"arms.{name}", positive=("lr", "epochs"))
+        cls.check_schedule(config.student, "student", f"arms.{name}.milestones", arm.milestones)
     if config.teacher.source not in TEACHERS:
         raise unknown("teacher.source", config.teacher.source, TEACHERS)
     if config.teacher.source == "cached" and config.data.image_size:

@@ -25,6 +25,7 @@ from jkd.errors import UserError, unknown
 LOSSES = ("ce", "kd", "energy_kd", "dkd", "energy_dkd")
 MIXES = ("none", "high_energy", "all")
 MIXERS = ("cutmix", "mixup")
+BASELINE = "kd"  # what tables compare the other arms to
 
 predictor = dst.predictor
 

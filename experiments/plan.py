@@ -17,7 +17,7 @@ from jkd.errors import UserError, unknown
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.parser(__doc__)
+    parser = cli.parser(__doc__, processes=False)
     parser.add_argument("--topology", required=True, metavar="NAME:LAYOUT", help="v5e:16x16, v4:2x2x4, cpu:8, ...")
     parser.add_argument("--slices", type=int, default=1, help="TPU slices joined by the data-center network")
     parser.add_argument("--stage", help="only this stage")

@@ -3,7 +3,8 @@
     python -m experiments.reproduce energy_kd --out runs/reproduce [--budget MINUTES]
 
 Every cell of a study is a run of its own below OUT/cells: what is finished is kept, what was interrupted goes on.
-Writes OUT/results.json and OUT/report.html.
+Writes OUT/results.json and OUT/report.html. --config.NAME=VALUE changes a field of every study's config; one process
+does all the work, on all of its devices.
 """
 
 import importlib
@@ -30,7 +31,7 @@ class OutOfTimeError(UserError):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.parser(__doc__, config=False)
+    parser = cli.parser(__doc__, config=False, processes=False)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of: {', '.join(METHODS)}; all by default")
     parser.add_argument("--out", required=True, type=epath.Path, help="folder of the report and the cells")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no cell after so many minutes")
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         if method not in METHODS:
             raise unknown("method", method, METHODS)
     check(args.methods or METHODS, overrides)
-    cli.initialize(args)
+    if args.budget is not None and not args.budget >= 0:
+        raise UserError(f"--budget must be >= 0 minutes, got {args.budget}.")
     cli.use_compilation_cache()
     deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
     reproduce(args.methods or METHODS, args.out, deadline, overrides)
@@ -57,9 +59,34 @@ def check(methods: Any, overrides: Mapping[str, Any]) -> None:
             raise UserError(f"--config.{name} is set by the studies themselves: leave it out.")
     for method in methods:
         for study in studies_of(method):
-            seeds = cli.load_config(study.config, overrides).seeds
-            if seeds < 2:
-                raise UserError(f"seeds={seeds}: differences between arms need at least 2 paired seeds.")
+            config = cli.load_config(study.config, overrides)
+            if config.seeds < 2:
+                raise UserError(f"seeds={config.seeds}: differences between arms need at least 2 paired seeds.")
+            if config.data.validation_examples < 1:
+                raise UserError("data.validation_examples=0: the arms' learning rates are tuned on validation rows.")
+
+
+def earlier_results(out: epath.Path) -> dict[str, Any]:
+    """The results that `out` holds, by method and study; makes the folder.
+
+    Raises:
+      UserError: if it is a run's folder, its results are no report's, or it cannot be written.
+    """
+    file = out / "results.json"
+    if (out / "config.json").exists():
+        raise UserError(f"{out} is the folder of a training run: give --out a folder of its own.")
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / ".writable", "")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: it holds no JSON. Remove it, or give another --out.") from error
+    if not isinstance(found, dict) or not all(isinstance(studies, dict) for studies in found.values()):
+        raise UserError(f"{file} is no report of this command: give --out another folder.")
+    return found
 
 
 def reproduce(
@@ -70,8 +97,7 @@ def reproduce(
     What the folder's report holds of other methods, and of studies that cannot run now, is kept.
     """
     out = folder_of(out)
-    file = out / "results.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results = earlier_results(out)
     for method in methods:
         for study in studies_of(method):
             found = _study(method, study, out, deadline, overrides or {})
@@ -80,8 +106,7 @@ def reproduce(
                 kept[study.name] = found
             else:
                 console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(jsonable(results), indent=1) + "\n")
+            write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
             write_text(out / "report.html", html.page(results))
     html.print_claims(results)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)

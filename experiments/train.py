@@ -56,7 +56,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
         "method": config.method,
         "config": jsonable(config.to_dict()),
         "stages": jsonable(found),
-        "results": report.summarize(found, baseline="kd"),
+        "results": report.summarize(found, baseline=module.BASELINE),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
     }
     if jax.process_index() == 0:

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from jkd.data.dataset import from_arrays
 from jkd.data.records import cache_dir, quiet
 from jkd.data.seeding import random_state
+from jkd.errors import UserError
 
 
 class _Bundled(tfds.core.GeneratorBasedBuilder):
@@ -91,19 +92,34 @@ def bundled_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder
 
     It is prepared in a folder of its own and renamed into place, so that any number of processes may start at
     once: the first to finish wins, and nobody reads half a set.
+
+    Raises:
+      UserError: if `data_dir` is remote, or the folder cannot be written.
     """
+    if data_dir and "://" in data_dir:
+        raise UserError(f"The bundled set {name!r} is kept in a local folder, not in {data_dir}: leave data_dir out.")
     root = pathlib.Path(data_dir).expanduser() if data_dir else cache_dir()
     target = root / name / str(BUNDLED[name].VERSION)
     if not (target / "dataset_info.json").exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
-            with quiet():
-                builder = BUNDLED[name](data_dir=scratch, file_format="array_record")
-                builder.download_and_prepare()
-            try:
-                os.rename(builder.data_path, target)
-            except OSError:
-                # Another process was first: its copy is the same.
-                if not (target / "dataset_info.json").exists():
-                    raise
+        try:
+            _prepare(name, root, target)
+        except OSError as error:
+            raise UserError(
+                f"The data set {name!r} cannot be written to {root}: {error.strerror or error}. Set data_dir, or the "
+                "environment variable JKD_DATA_DIR, to a folder that can be written."
+            ) from error
     return tfds.builder_from_directory(target)
+
+
+def _prepare(name: str, root: pathlib.Path, target: pathlib.Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
+        with quiet():
+            builder = BUNDLED[name](data_dir=scratch, file_format="array_record")
+            builder.download_and_prepare()
+        try:
+            os.rename(builder.data_path, target)
+        except OSError:
+            # Another process was first: its copy is the same.
+            if not (target / "dataset_info.json").exists():
+                raise

@@ -122,7 +122,8 @@ class Dataset:
         size = round(first * len(self)) if isinstance(first, float) else int(first)
         if not 0 < size < len(self):
             raise UserError(
-                f"first must leave both parts of {self.name!r} ({len(self)} examples) non-empty, got {first}."
+                f"The first part of {self.name!r} must leave examples to both parts: it must be in (0, {len(self)}), "
+                f"got {first}."
             )
         if stratified:
             part = self._draw_positions(_proportional(self._counts(), size), "split", seed)

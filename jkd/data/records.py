@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from jkd.data import images
 from jkd.data.rows import ArrayRows, Batch, Rows
@@ -134,8 +135,11 @@ def slices(split: str, sizes: dict[str, int]) -> list[tuple[str, slice]]:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (ValueError, AssertionError) as error:
         raise split_error(split, sizes, error) from error
-    ends = (sizes[part.splitname] if part.to is None else part.to for part in parts)
-    return [(part.splitname, slice(part.from_ or 0, end)) for part, end in zip(parts, ends, strict=True)]
+    ends = [sizes[part.splitname] if part.to is None else part.to for part in parts]
+    found = [(part.splitname, slice(part.from_ or 0, end)) for part, end in zip(parts, ends, strict=True)]
+    if any(rows.start >= rows.stop for _, rows in found):
+        raise UserError(f"The split {split!r} has an empty slice; there are {sizes} examples.")
+    return found
 
 
 def split_error(split: str, known: Any, error: Exception) -> UserError:
@@ -219,7 +223,7 @@ def _shape(name: str, stored: tuple[int | None, ...], image_size: int | None) ->
 def _labels_path(builder: tfds.core.DatasetBuilder, split: str) -> pathlib.Path:
     """Where the labels of `split` are cached: a re-prepared set gets another place."""
     sizes = {name: (info.shard_lengths, info.num_bytes) for name, info in builder.info.splits.items()}
-    written = (pathlib.Path(builder.data_path) / "dataset_info.json").stat().st_mtime_ns
+    written = (epath.Path(builder.data_path) / "dataset_info.json").stat().mtime
     text = json.dumps([os.fspath(builder.data_path), split, sizes, written])
     return cache_dir() / "labels" / f"{builder.info.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
 

@@ -51,6 +51,7 @@ class Context:
     residents: Residents
     stop: StopRequest
     steps_before: int = 0
+    begun: bool = False  # whether a step was taken
 
     @property
     def chief(self) -> bool:

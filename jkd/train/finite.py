@@ -22,7 +22,7 @@ def non_finite(
     bad_step: np.ndarray,
     metrics: Mapping[str, Any],
     sources: Sequence[Any],
-    last_good: int,
+    last_good: int | None,
     workdir: epath.Path,
 ) -> NonFiniteError:
     """Writes `debug/STAGE-step-T` (metrics, batches, last good step) and makes the error that says so.
@@ -32,7 +32,7 @@ def non_finite(
       bad_step: the first bad step of each program, -1 where there is none.
       metrics: of that step.
       sources: of each program, None for a stage without data.
-      last_good: the step of the last checkpoint.
+      last_good: the step of the last checkpoint, None without one.
       workdir: the run's folder.
     """
     t = int(bad_step[bad_step >= 0].min())
@@ -46,7 +46,8 @@ def non_finite(
             if source is not None:
                 with (bundle / f"batch-{k}.npz").open("wb") as file:
                     np.savez(file, **jax.tree.map(np.asarray, source.batch(t)))
+    good = "There is no checkpoint" if last_good is None else f"The last good checkpoint is of step {last_good}"
     return NonFiniteError(
-        f"Stage {stage!r}, step {t}: {', '.join(names)} is not finite. The last good checkpoint is of step "
-        f"{last_good}; batch and metrics of the step are in {bundle}. Try a lower learning rate."
+        f"Stage {stage!r}, step {t}: {', '.join(names)} is not finite. {good}; batch and metrics of the step are in "
+        f"{bundle}. Try a lower learning rate."
     )

@@ -46,7 +46,10 @@ class JsonLines:
             path.write_bytes(b"")
         size = path.stat().length
         if size < offset:
-            raise UserError(f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes).")
+            raise UserError(
+                f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes): restore the file, or start "
+                "again in a new workdir."
+            )
         if self._remote is not None:
             self._remote = path.read_bytes()[:offset] if offset else b""
         elif size > offset:

@@ -72,16 +72,26 @@ def run(
         raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
     mesh = make_mesh() if mesh is None else mesh
     folder = workdirs.folder_of(workdir)
-    workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
+    fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
     with StopRequest() as stop:
         key = jax.random.key(seed)
         options = options or LoopOptions()
         ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
-        results = {}
-        for index, stage in enumerate(stages):
-            ctx.residents.next_stage()
-            results[stage.name] = _StageRun(ctx, stages, index).result()
-            ctx.steps_before += stage.num_steps
+        try:
+            return _run_stages(ctx, stages)
+        except UserError:
+            if fresh and not ctx.begun:
+                workdirs.disclaim(folder)
+            raise
+
+
+def _run_stages(ctx: Context, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    results = {}
+    for index, stage in enumerate(stages):
+        ctx.residents.next_stage()
+        results[stage.name] = _StageRun(ctx, stages, index).result()
+        ctx.steps_before += stage.num_steps
+        ctx.begun = True
     return results
 
 
@@ -225,6 +235,7 @@ class _StageRun:
                     rows = rows if source is None else cross(rows, ctx.mesh, source.batch_size, axis)
                     args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
                     call = call or program.jitted(*args)
+                    ctx.begun = True
                     m.carry, report = call(*args)
                     reports.append(report)
                 self.t += 1
@@ -258,7 +269,7 @@ class _StageRun:
     def _check_finite(self, values: Any) -> None:
         if not (values.bad_step >= 0).any():
             return
-        last = ([0] + self.checkpoints.steps())[-1]
+        last = max(self.checkpoints.steps(), default=None)
         sources = [m.source for m in self.members]
         bad = {n: v if self.stage.looped else v[0] for n, v in values.bad.items()}
         raise non_finite(self.stage.name, values.bad_step, bad, sources, last, self.ctx.workdir)

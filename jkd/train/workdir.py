@@ -1,6 +1,5 @@
 """The folder of a run: whose it is, and what is in it."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,18 +17,23 @@ EXECUTION_FIELDS = ("mesh", "loop")
 def folder_of(path: str | os.PathLike) -> epath.Path:
     """The absolute form of a path: checkpoints need one. Remote paths (`gs://...`) are as they are."""
     text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    if "://" not in text:
+        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    try:
+        folder = epath.Path(text)
+        folder.exists()
+    except ImportError as error:
+        raise UserError(f"{text} needs a package that is not here ({error}): pip install 'jkd[gcs]'.") from error
+    except KeyError as error:
+        raise UserError(
+            f"{text} is on no file system that is known; gs://BUCKET/FOLDER is, or a local folder."
+        ) from error
+    return folder
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that decides what a run computes."""
     return {name: value for name, value in config.items() if name not in EXECUTION_FIELDS}
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """A short hash of a config's identity."""
-    text = json.dumps(identity(config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,19 +52,40 @@ def write_text(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+    """What `config.json` of a run's folder holds.
+
+    Raises:
+      UserError: if it is damaged.
+    """
+    try:
+        found = json.loads((workdir / "config.json").read_text())
+        if isinstance(found, dict):
+            return found
+    except ValueError:  # no JSON, or no text
+        pass
+    raise UserError(
+        f"{workdir / 'config.json'} is damaged: it holds no JSON object. Restore it, or give a new workdir."
+    )
+
+
+def claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
     """Makes `workdir` this config's, or checks that it is already; nothing is written otherwise.
+
+    Returns:
+      On the first process, whether it was nobody's before.
 
     Raises:
       UserError: if the folder cannot be written, holds other files, or belongs to another config.
     """
-    on_chief(lambda: _claim(workdir, config))
+    return bool(on_chief(lambda: _claim(workdir, config)))
 
 
-def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
     known = workdir / "config.json"
-    if known.exists():
-        _check_same(workdir, json.loads(known.read_text()), json.loads(json.dumps(config, default=str)))
+    fresh = not known.exists()
+    if not fresh:
+        _check_same(workdir, read_config(workdir), json.loads(json.dumps(config, default=str)))
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"The workdir {workdir} is a file; give a folder.")
     elif workdir.exists() and any(p for p in workdir.iterdir() if not p.name.startswith(".")):
@@ -72,6 +97,14 @@ def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> None:
         write_text(known, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
+    return fresh
+
+
+def disclaim(workdir: epath.Path) -> None:
+    """Takes back a fresh claim of a run that ended before its first step: a corrected config may have the folder."""
+    if (workdir / "stages").exists():
+        (workdir / "stages").rmtree()
+    (workdir / "config.json").unlink()
 
 
 def _check_same(workdir: epath.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

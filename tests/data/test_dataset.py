@@ -91,7 +91,7 @@ def test_split_depends_on_the_seed_and_refuses_empty_parts():
     whole = make([20, 20])
     assert whole.split(10, seed=0)[0].indices.tolist() != whole.split(10, seed=1)[0].indices.tolist()
     for first in (0, 40, 0.001, 1.0):
-        with pytest.raises(UserError, match="must leave both parts of 'set'"):
+        with pytest.raises(UserError, match="The first part of 'set' must leave examples to both parts"):
             whole.split(first)
 
 

@@ -88,7 +88,7 @@ def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(builders.Digits8x8, "arrays", lambda self: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(UserError, match="'digits8x8' cannot be written to .*: disk full. Set data_dir, or"):
             data.load("digits8x8", "test", tmp_path)
     assert not list(tmp_path.glob("digits8x8/*"))
     assert len(data.load("digits8x8", "test", tmp_path)) == 500

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers_experiments import QUIET, SMOKE, listing
 
-from experiments import cli, train
+from experiments import cli, evaluate, train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -47,7 +47,17 @@ MISTAKES = [
     ("teacher.source=cache", "Unknown teacher.source 'cache'. Did you mean 'cached'?"),
     ("teacher.source=cached", "arms.kd_cutmix mixes images, which cached logits do not cover"),
     ("teacher.workdir=/nowhere", "/nowhere holds no finished stage 'teacher'"),
-    ("teacher.schedule=cosin", "schedule must be 'cosine' or 'steps', got 'cosin'."),
+    ("teacher.schedule=cosin", "Unknown teacher.schedule 'cosin'. Did you mean 'cosine'?"),
+    ("student.schedule=steps", "arms.ce.milestones must be epochs > 0 where student.schedule is 'steps', got (0,)."),
+    ("student.hidden=0", "hidden must be widths >= 1, got (0,)."),
+    ("student.dtype=float64", "dtype=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1."),
+    ("eval_epochs=-1", "error: eval_epochs must be finite and >= 0, got -1.0."),
+    ("data.std=0", "data.std must be finite and > 0, got (0.0,)."),
+    ("data.shift=-1", "data.shift must be >= 0 pixels, got -1."),
+    ("data.pad_crop=-1", "data.pad_crop must be >= 0 pixels, got -1."),
+    ("data.train_split=train[500:100]", "The split 'train[500:100]' has an empty slice"),
+    ("method=cli", "There is no method 'cli': experiments/cli.py has no stages(config)."),
+    ("only=((", "Config field 'only' takes tuple values like (), got '(('."),
     ("student.model=resnet21", "Unknown model 'resnet21'. Did you mean 'resnet"),
     ("student.dtype=float31", "Unknown dtype 'float31'. Did you mean 'float32'?"),
     ("ensemble=vmapp", "Unknown ensemble mode 'vmapp'. Did you mean 'vmap'?"),
@@ -58,15 +68,15 @@ MISTAKES = [
     ("log_every=0", "log_every must be >= 1 steps, got 0."),
     ("data.name=digits8x9", "Unknown data set 'digits8x9'. Did you mean 'digits8x8'?"),
     ("data.train_split=tran", "Unknown split 'tran'. Did you mean 'train'?"),
-    ("data.train_examples=2000", "must leave both parts of 'digits8x8' (1249 examples) non-empty, got 2000."),
+    ("data.train_examples=2000", "data.train_examples=2000 and data.validation_examples=48 must be >= 0 and together"),
     ("data.train_examples=12", "There are 12 training rows, less than a batch: batch_size is 16."),
     ("data.test_split=train[:9]", "data.train_split='train' and data.test_split='train[:9]' of 'digits8x8' share rows"),
-    ("data.imbalance=0.02", "imbalance_factor must be >= 1"),
+    ("data.imbalance=0.02", "data.imbalance must be >= 1 (1: no long tail), got 0.02."),
     ("data.name=digits-8x8", "Data set 'digits-8x8' cannot be opened: "),
     ("data.mean=0.5,0.5,0.5", "data.mean must be one number or one a channel (1), got 3."),
     ("teacher.bank=0", "teacher.bank must be >= 1 views of each image, got 0."),
     ("arms.kd_he_da.high_rate=0", "arms.kd_he_da.high_rate must be > 0 where mix is 'high_energy', got 0.0."),
-    ("teacher.schedule=steps", "milestones must be epochs > 0 where schedule is 'steps', got (0,)."),
+    ("teacher.schedule=steps", "teacher.milestones must be epochs > 0 where teacher.schedule is 'steps', got (0,)."),
     ("data.blank=true", "data.blank stands in for the data in plans only"),
 ]
 
@@ -198,7 +208,42 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"python -m experiments.{command} " in out
-    assert "--coordinator HOST:PORT" in out
+    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce"))
+    assert "--config.NAME=VALUE" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = (", "is no config: '(' was never closed (line 1)."),
+        ("x = 1", "it has no get_config(variant) or no VARIANTS"),
+    ],
+)
+def test_files_that_are_no_config(text, says, refused, untouched, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    assert says in refused(train.main, "--config", str(file), "--workdir", untouched() / "run")
+    page = ROOT / "README.md"
+    assert "it is not a Python file" in refused(train.main, "--config", page, "--workdir", untouched() / "run")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_config_of_a_run(text, refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    says = f"{tmp_path / 'run' / 'config.json'} is damaged: it holds no JSON object."
+    assert says in refused(train.main, "--config", SMOKE, "--workdir", tmp_path / "run")
+    assert says in refused(evaluate.main, "--workdir", tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == text
+
+
+def test_remote_folders_without_their_package(refused, tmp_path):
+    assert "is on no file system that is known" in refused(
+        train.main, "--config", SMOKE, "--workdir", "nosuch://bucket/run"
+    )
+    changes = ("--config.data.data_dir=gs://bucket/data",)
+    line = refused(train.main, "--config", SMOKE, "--workdir", tmp_path / "run", *changes)
+    assert "'digits8x8' is kept in a local folder, not in gs://bucket/data: leave data_dir out" in line
 
 
 def test_the_fixed_commands_are_there():

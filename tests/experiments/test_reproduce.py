@@ -249,10 +249,33 @@ def test_a_finished_report_survives_what_cannot_run(made_up, tmp_path, capsys, m
         ("arms.kd.lr=0.3", "--config.arms.kd.lr is set by the studies themselves"),
         ("sedes=3", "Did you mean 'seeds'?"),
         ("seeds=1", "seeds=1: differences between arms need at least 2 paired seeds."),
+        ("data.validation_examples=0", "data.validation_examples=0: the arms' learning rates are tuned on"),
     ],
 )
 def test_overrides_that_no_study_can_run_with(override, says, refused, untouched):
     assert says in refused(reproduce.main, "energy_kd", "--out", untouched() / "out", f"--config.{override}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("config.json", "{}", "is the folder of a training run: give --out a folder of its own."),
+        ("results.json", "{", "is damaged: it holds no JSON."),
+        ("results.json", '{"method": "energy_kd"}', "is no report of this command"),
+        ("results.json", "[]", "is no report of this command"),
+    ],
+)
+def test_folders_that_hold_something_else(name, text, says, refused, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert says in refused(reproduce.main, "energy_kd", "--out", tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, text)]
+
+
+def test_reproduce_refuses_what_it_cannot_write_or_wait_for(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file cannot be written: " in refused(reproduce.main, "energy_kd", "--out", tmp_path / "file")
+    line = refused(reproduce.main, "energy_kd", "--out", tmp_path / "out", "--budget", "-1")
+    assert "--budget must be >= 0 minutes, got -1.0." in line
 
 
 def test_p_values_are_adjusted_for_their_number():

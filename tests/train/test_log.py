@@ -1,0 +1,104 @@
+"""What a run says while it goes."""
+
+import io
+import types
+
+import jax
+import pytest
+import rich.console
+import toys
+from etils import epath
+
+from jkd import data, train
+from jkd.errors import UserError
+from jkd.train import log
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+    made = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(log.time, "perf_counter", lambda: made.now)
+    return made
+
+
+def said(monkeypatch, *, terminal: bool) -> io.StringIO:
+    text = io.StringIO()
+    monkeypatch.setattr(text, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(log.sys, "stderr", text)
+    options = {"force_terminal": True, "width": 120} if terminal else {"width": 120}
+    monkeypatch.setattr(log, "console", rich.console.Console(file=text, highlight=False, **options))
+    return text
+
+
+def test_lines_hold_rates_and_the_time_left(clock, monkeypatch):
+    text = said(monkeypatch, terminal=False)
+    meter = log.Meter("kd", 10, 110, 64, show=True)
+    clock.now += 5  # the first step compiles: it is in no rate
+    meter.stall(4.0)
+    meter.update(11)
+    assert text.getvalue() == ""
+    clock.now += 10
+    meter.stall(2.5)
+    meter.update(31)  # 20 steps in 10 s, 79 to go
+    assert text.getvalue() == "kd: step 31/110, 128 images/s, 25.0 % waiting for data, ETA 40 s\n"
+    assert meter.rates() == {"steps_per_second": 2.0, "images_per_second": 128.0, "data_stall": 0.25}
+    clock.now += 9
+    meter.update(49)
+    assert text.getvalue().count("\n") == 1  # one every ten seconds
+    clock.now += 1
+    meter.close(51)
+    assert text.getvalue().splitlines()[1] == "kd: 51/110 steps in 20.0 s, 128 images/s, 12.5 % waiting for data"
+
+
+def test_a_terminal_gets_a_bar(clock, monkeypatch):
+    text = said(monkeypatch, terminal=True)
+    meter = log.Meter("kd", 0, 40, 8, show=True)
+    for step in (1, 21):
+        clock.now += 10
+        meter.update(step)
+    meter.close(40)
+    assert "kd" in text.getvalue()
+    assert "40/40" in text.getvalue()
+    assert "images/s" in text.getvalue()
+
+
+def test_who_does_not_show_says_nothing(clock, monkeypatch):
+    text = said(monkeypatch, terminal=False)
+    meter = log.Meter("kd", 0, 40, 8, show=False)
+    clock.now += 60
+    meter.update(40)
+    meter.close(40)
+    assert text.getvalue() == ""
+
+
+def test_a_run_shows_its_progress(tmp_path, monkeypatch):
+    text = said(monkeypatch, terminal=False)
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    options = train.LoopOptions(checkpoint_every=0, tensorboard=False)
+    train.run([toys.classifier(num_steps=3)], workdir=tmp_path, mesh=mesh, options=options)
+    assert text.getvalue().startswith("teacher: 3/3 steps in ")
+    assert " images/s, " in text.getvalue()
+
+
+def test_a_log_that_was_cut_is_not_continued(tmp_path):
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    log.JsonLines(path, 0).write({"a": 1})
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl is shorter than the checkpoint saw it \(9 < 20 bytes\): restore"
+    ):
+        log.JsonLines(path, 20)
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def test_streamed_and_resident_runs_are_equal_and_resume_alike(tmp_path):
+    mesh = train.make_mesh(devices=jax.devices()[:2])
+    options = train.LoopOptions(checkpoint_every=10, progress=False, tensorboard=False)
+    runs = {}
+    for source in (data.MemorySource, data.StreamSource):
+        stage = toys.classifier(num_steps=24, data=lambda consts, source=source: source(toys.DIGITS, 16, seed=3))
+        workdir = tmp_path / source.__name__
+        train.run([stage], workdir=workdir, mesh=mesh, options=options)
+        runs[source] = toys.final(workdir, "teacher")
+    resident, streamed = runs.values()
+    assert all((resident[name] == streamed[name]).all() for name in resident)
