@@ -3,8 +3,6 @@
 import importlib.util
 import pathlib
 
-import pytest
-
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
@@ -22,6 +20,3 @@ def test_the_loop_and_a_bare_loop_take_the_same_steps():
 
 def test_all_are_known_here():
     assert [path.name for path in FOLDER.glob("*.py")] == ["loop_overhead.py"], "a new benchmark needs a test"
-
-
-pytestmark = pytest.mark.filterwarnings("default")

@@ -1,9 +1,12 @@
 """What a run says while it goes."""
 
 import io
+import os
+import signal
 import types
 
 import jax
+import numpy as np
 import pytest
 import rich.console
 import toys
@@ -91,14 +94,28 @@ def test_a_log_that_was_cut_is_not_continued(tmp_path):
     assert path.read_text() == '{"a": 1}\n'
 
 
-def test_streamed_and_resident_runs_are_equal_and_resume_alike(tmp_path):
-    mesh = train.make_mesh(devices=jax.devices()[:2])
-    options = train.LoopOptions(checkpoint_every=10, progress=False, tensorboard=False)
-    runs = {}
-    for source in (data.MemorySource, data.StreamSource):
-        stage = toys.classifier(num_steps=24, data=lambda consts, source=source: source(toys.DIGITS, 16, seed=3))
-        workdir = tmp_path / source.__name__
-        train.run([stage], workdir=workdir, mesh=mesh, options=options)
-        runs[source] = toys.final(workdir, "teacher")
-    resident, streamed = runs.values()
-    assert all((resident[name] == streamed[name]).all() for name in resident)
+class Terminated(data.StreamSource):
+    """Asks the run to stop while batch 13 is read, once."""
+
+    def iterate(self, start, stop, rows=None):
+        for t, batch in enumerate(super().iterate(start, stop, rows), start):
+            if t == 13 and start == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+def test_streamed_and_resident_runs_are_equal_and_go_on_where_they_stopped(tmp_path):
+    def run(name, source):
+        stage = toys.classifier(num_steps=24, data=lambda consts: source(toys.DIGITS, 16, seed=3))
+        options = train.LoopOptions(checkpoint_every=10, progress=False, tensorboard=False)
+        mesh = train.make_mesh(devices=jax.devices()[:2])
+        train.run([stage], workdir=tmp_path / name, mesh=mesh, options=options)
+        return toys.final(tmp_path / name, "teacher")
+
+    with pytest.raises(train.Preempted, match="at step 14"):
+        run("stopped", Terminated)
+    resident, streamed = run("resident", data.MemorySource), run("streamed", data.StreamSource)
+    stopped = run("stopped", Terminated)
+    for name in resident:
+        np.testing.assert_array_equal(streamed[name], resident[name])
+        np.testing.assert_array_equal(stopped[name], resident[name])
