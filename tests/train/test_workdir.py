@@ -1,14 +1,15 @@
 """Whose folder it is."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 import toys
+from toys import QUIET
 
 from jkd import train
 from jkd.errors import UserError
 
 ONE = train.make_mesh(devices=jax.devices()[:1])
-QUIET = train.LoopOptions(checkpoint_every=0, progress=False, tensorboard=False)
 
 
 def go(workdir, config, **changes):
@@ -21,7 +22,7 @@ def refuse(key, state, consts, batch, t):
 
 def test_a_corrected_config_may_have_the_folder_of_a_run_that_never_began(tmp_path):
     with pytest.raises(UserError, match="the shift is negative"):
-        go(tmp_path / "run", {"shift": -1}, step=refuse, prepare=lambda key, previous, sweep: {"x": jax.numpy.ones(3)})
+        go(tmp_path / "run", {"shift": -1}, step=refuse, prepare=lambda key, previous, sweep: {"x": jnp.ones(3)})
     assert not list((tmp_path / "run").iterdir())
     assert go(tmp_path / "run", {"shift": 1})["teacher"]["steps"] == 2
 

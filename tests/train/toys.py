@@ -112,6 +112,28 @@ def alone(num_steps: int, **changes) -> train.Stage:
     return classifier(num_steps=num_steps, evaluators={"train": accuracy()}, **changes)
 
 
+QUIET = train.LoopOptions(checkpoint_every=0, progress=False, tensorboard=False)
+
+
+def go(stages, workdir, mesh=None, options=QUIET, **changes):
+    """Runs stages, on one device if no mesh is given."""
+    mesh = mesh or train.make_mesh(devices=jax.devices()[:1])
+    changes = {"log_every": 10} | changes
+    return train.run(stages, workdir=workdir, mesh=mesh, options=options, **changes)
+
+
+def counter(**fields) -> train.Stage:
+    """A stage without batches: its state is a number that grows by t at every step."""
+
+    def step(key, state, consts, batch, t):
+        assert batch is None
+        state = state | {"x": state["x"] + t}
+        return state, {"x": state["x"]}
+
+    start = {"name": "count", "num_steps": 7, "init": lambda key, previous, consts: {"x": jnp.float32(0)}}
+    return train.Stage(**(start | {"step": step} | fields))
+
+
 def final(workdir: str, name: str) -> dict[str, np.ndarray]:
     """All arrays of a stage's outcome by path."""
     outcome = train.load_outcome(workdir, name)
