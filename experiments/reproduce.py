@@ -18,7 +18,7 @@ from etils import epath
 from experiments import cli, html, train
 from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
-from jkd.train import Preempted
+from jkd.train import Preempted, forget_programs
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import folder_of, write_text
 
@@ -123,7 +123,10 @@ def _study(
             raise OutOfTimeError(f"stopped by --budget before cell {cell}; run the same command again to go on")
         config = cli.load_config(study.config, {**overrides, **changes})
         console.print(f"[bold]{method}/{study.name}/{cell}[/bold]")
-        return {"workdir": str(workdir), **train.run(config, str(workdir), show=False)}
+        try:
+            return {"workdir": str(workdir), **train.run(config, str(workdir), show=False)}
+        finally:
+            forget_programs()  # of hundreds of cells, one process could not keep them all
 
     try:
         arms = list(cli.load_config(study.config, overrides).arms)

@@ -1,5 +1,6 @@
 """Stages, the sharded step, the loop, checkpoints and ensembles."""
 
+from jkd.train.caches import forget_programs
 from jkd.train.ensemble import ensemble
 from jkd.train.finite import NonFiniteError
 from jkd.train.loop import LoopOptions, run
@@ -25,6 +26,7 @@ __all__ = [
     "evaluate",
     "evaluate_outcome",
     "finished_stages",
+    "forget_programs",
     "fsdp",
     "jit_step",
     "load_outcome",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkd.errors import UserError, unknown
+from jkd.train.caches import cached
 from jkd.train.stage import Evaluator, Outcome, Stage
 
 MODES = ("vmap", "unroll", "loop")
@@ -121,7 +122,7 @@ def _init(stage: Stage, batched: Callable, members: int, keys: Any, previous: An
     return batched(init, members, (0, axes, 0))(keys, previous, consts)
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def _lift(fn: Callable, batched: Callable, members: int, in_axes: tuple) -> Callable:
     # Cached, so that stages with one step, publish or collect function share its compiled program.
     return batched(fn, members, in_axes)
@@ -141,7 +142,7 @@ def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluat
     return dataclasses.replace(evaluator, source=source, collect=collect, finish=finish)
 
 
-@functools.lru_cache(maxsize=64)
+@cached
 def _stacked_assemble(assemble: Callable, shared: bool) -> Callable:
     return jax.vmap(assemble, in_axes=(None if shared else 0, 0))
 

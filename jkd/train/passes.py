@@ -1,6 +1,5 @@
 """Passes over a whole source: sweeps that prepare a stage, and evaluations."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jkd.errors import UserError
+from jkd.train.caches import cached
 from jkd.train.ensemble import member
 from jkd.train.mesh import (
     DEFAULT_RULES,
@@ -55,7 +55,7 @@ def batch_axis(source: Any) -> int:
     return getattr(source, "batch_axis", 0)
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def _rows_program(fn: Callable, assemble: Callable, mesh: Mesh, axis: int) -> Any:
     def program(args: Any, crossed: Any, resident: Any, key: Any, t: Any) -> Any:
         batch = assemble(resident, _constrain(crossed, mesh, axis))
@@ -106,7 +106,7 @@ def sweep(
     return jax.tree.map(lambda *xs: np.concatenate(xs), *rows)
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def _collect_program(collect: Callable, assemble: Callable, kind: str, size: int, mesh: Mesh, axis: int) -> Any:
     def one(published: Any, crossed: Any, consts: Any, resident: Any, start: Any, total: Any) -> Any:
         batch = assemble(resident, _constrain(crossed, mesh, axis))

@@ -1,6 +1,5 @@
 """The compiled step of a stage: batch assembly, the method's step, and the account of its metrics."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jkd.errors import UserError
+from jkd.train.caches import cached
 from jkd.train.checkpoint import check_plain, is_key
 from jkd.train.mesh import Rules, jit_step, replicate, tree_shardings
 from jkd.train.passes import batch_axis, evaluation_source
@@ -77,7 +77,7 @@ def make_carry(state: Any, metrics: Any) -> Carry:
     return Carry(_strong(state), Report(zeros, jnp.int32(0), jnp.int32(-1), dict(zeros)))
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def step_program(
     step: Callable, assemble: Callable | None, axis: int, log_every: int, mesh: Mesh, rules: Rules
 ) -> jit_step:

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import time
 import types
 
 import jax
@@ -92,6 +93,28 @@ def test_a_log_that_was_cut_is_not_continued(tmp_path):
     ):
         log.JsonLines(path, 20)
     assert path.read_text() == '{"a": 1}\n'
+
+
+def test_events_past_the_resumed_step_are_purged(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    for start, steps in ((1, range(1, 6)), (4, range(4, 6))):
+        events = log.Events(epath.Path(tmp_path), start)
+        for step in steps:
+            events.write(step, {"loss": [start, start + 1.0]})
+        events.close()
+        time.sleep(1.1)  # files are named by the second
+    found = []
+    for file in tmp_path.iterdir():
+        raw = file.read_bytes()
+        while raw:
+            length = int.from_bytes(raw[:8], "little")
+            found.append(Event.FromString(raw[12 : 12 + length]))
+            raw = raw[16 + length :]
+    begun = {event.step for event in found if event.session_log.status == SessionLog.START}
+    assert begun == {1, 4}  # TensorBoard drops what an earlier file holds from there on
+    written = [(event.step, value.simple_value) for event in found for value in event.summary.value]
+    assert sorted(written) == [(1, 1.5), (2, 1.5), (3, 1.5), (4, 1.5), (4, 4.5), (5, 1.5), (5, 4.5)]
 
 
 class Terminated(data.StreamSource):

@@ -1,6 +1,7 @@
 """Two processes over the loopback compute what one does, write once, and stop together."""
 
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -128,3 +129,33 @@ def test_what_stops_the_first_process_stops_both(tmp_path):
         assert code == 1
         assert "is not empty and holds no config.json of a run" in said
     assert [path.name for path in workdir.iterdir()] == ["thesis.tex"]
+
+
+def test_the_train_command_on_two_processes(tmp_path):
+    from experiments import train as command
+
+    args = ["--config", "configs/energy_kd.py:smoke", "--config.only=energy_kd", "--config.loop.progress=false"]
+    shared = [sys.executable, "-m", "experiments.train", *args, "--workdir", str(tmp_path / "two")]
+    shared += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    options = {
+        "cwd": pathlib.Path(command.__file__).parents[1],
+        "env": os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+    started = [subprocess.Popen([*shared, "--process-id", str(i)], **options) for i in range(2)]
+    try:
+        said = [process.communicate(timeout=LIMIT) for process in started]
+        assert [process.returncode for process in started] == [0, 0], said
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert b"energy_kd" in said[0][0]  # the table
+    assert b"energy_kd" not in said[1][0]
+    command.main([*args, "--workdir", str(tmp_path / "one"), "--config.loop.tensorboard=false"])
+    for stage in ("teacher", "energy_kd"):
+        two, one = (toys.final(tmp_path / name, stage) for name in ("two", "one"))
+        assert two.keys() == one.keys()
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5)

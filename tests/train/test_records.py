@@ -1,11 +1,13 @@
 """What the loop leaves behind: records, outcomes, bundles."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import signal
 import struct
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -247,3 +249,18 @@ def test_data_that_no_stage_uses_any_more_leave_the_device():
     residents(sources[1])
     residents.next_stage()
     assert residents(sources[0]) is not first
+
+
+def test_programs_of_finished_runs_can_be_forgotten(tmp_path):
+    def step(*args):
+        return toys.step(*args)
+
+    alive = weakref.ref(step)
+    results = go([toys.classifier(num_steps=3, step=step)], tmp_path / "a")
+    del step
+    gc.collect()
+    assert alive() is not None  # its program is kept, for another stage with this step
+    train.forget_programs()
+    gc.collect()
+    assert alive() is None
+    assert go([toys.classifier(num_steps=3)], tmp_path / "b") == results
