@@ -77,7 +77,7 @@ def _range(low: float, high: float) -> str:
 
 
 def plot(rows: Mapping[str, Any], metric: str, title: str) -> bytes:
-    """A PNG: every seed as a point, the mean and its interval as a bar with whiskers; students only."""
+    """A PNG: every seed as a point, the mean and its interval as a bar with whiskers."""
     import matplotlib
 
     matplotlib.use("Agg")

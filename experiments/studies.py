@@ -50,7 +50,6 @@ class Study:
         the final runs do not use.
       tuning_seeds: how many.
       claims: what is tested.
-      overrides: config fields.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Study:
     rates: Sequence[float]
     tuning_seeds: int
     claims: Sequence[Claim]
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 TUNE, TEST = "validation/top1", "test/top1"
@@ -115,7 +113,7 @@ def run_study(study: Study, run: Callable[[str, Mapping[str, Any]], dict[str, An
     on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and the rates
     are chosen by validation rows: no test row decides anything.
     """
-    tuning = {**study.overrides, "seed": TUNING_SEED, "seeds": study.tuning_seeds}
+    tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
     teacher = run("tuning-teacher", {**tuning, "only": ("teacher",)})
 
     def score(arm: str, rate: float) -> float:
@@ -128,9 +126,9 @@ def run_study(study: Study, run: Callable[[str, Mapping[str, Any]], dict[str, An
 
     scores = {arm: {rate: score(arm, rate) for rate in study.rates} for arm in arms}
     chosen = best_rates(scores)
-    teacher = run("teacher", {**study.overrides, "only": ("teacher",)})
+    teacher = run("teacher", {"only": ("teacher",)})
     rates = {f"arms.{arm}.lr": rate for arm, rate in chosen.items()}
-    final = run("final", {**study.overrides, **rates, "only": tuple(arms), "teacher.workdir": teacher["workdir"]})
+    final = run("final", {**rates, "only": tuple(arms), "teacher.workdir": teacher["workdir"]})
     stages = {**final["stages"], "teacher": teacher["stages"]["teacher"]}
     return {
         "config": study.config,

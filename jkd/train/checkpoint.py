@@ -364,13 +364,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def remove(self) -> None:
-        """Deletes the folder: the stage is finished and its outcome stored."""
-        self.close()
-        barrier("checkpoints-done")
-        if jax.process_index() == 0:
-            remove_folder(self._directory)
-
 
 def remove_folder(directory: epath.Path) -> None:
     """Deletes a folder and all in it; a folder that is already gone is fine."""

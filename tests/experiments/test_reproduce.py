@@ -83,9 +83,7 @@ def test_each_arm_gets_its_best_rate_and_ties_the_lower():
         studies.best_rates({"a": {0.1: -np.inf}})
 
 
-STUDY = studies.Study(
-    "tiny", "configs/energy_kd.py:smoke", (0.01, 0.1), 2, [CLAIM], overrides={"data.validation_examples": 50}
-)
+STUDY = studies.Study("tiny", "configs/energy_kd.py:smoke", (0.01, 0.1), 2, [CLAIM])
 
 
 def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
@@ -103,17 +101,16 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
         return {"workdir": f"/cells/{cell}", "stages": stages}
 
     found = studies.run_study(STUDY, run, ["ours", "theirs"])
-    own, tuning = {"data.validation_examples": 50}, {"seed": 1000, "seeds": 2}
+    tuning = {"seed": 1000, "seeds": 2}
     taught = {"teacher.workdir": "/cells/tuning-teacher"}
     assert calls == {
-        "tuning-teacher": {**own, **tuning, "only": ("teacher",)},
-        "tuning-ours-0.01": {**own, **tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.01},
-        "tuning-ours-0.1": {**own, **tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.1},
-        "tuning-theirs-0.01": {**own, **tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.01},
-        "tuning-theirs-0.1": {**own, **tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.1},
-        "teacher": {**own, "only": ("teacher",)},
+        "tuning-teacher": {**tuning, "only": ("teacher",)},
+        "tuning-ours-0.01": {**tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.01},
+        "tuning-ours-0.1": {**tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.1},
+        "tuning-theirs-0.01": {**tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.01},
+        "tuning-theirs-0.1": {**tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.1},
+        "teacher": {"only": ("teacher",)},
         "final": {
-            **own,
             "arms.ours.lr": 0.1,
             "arms.theirs.lr": 0.01,
             "only": ("ours", "theirs"),
