@@ -33,10 +33,10 @@ jaxtyping.install_import_hook("jkd", "beartype.beartype")
 settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("jkd")
 
-LONGEST_FIRST = ("test_resume", "test_notebooks", "test_energy_kd", "test_cli", "test_processes")
+LONGEST_FIRST = ("test_processes", "test_notebooks", "test_energy_kd", "test_resume", "test_cli")
 
 
 def pytest_collection_modifyitems(items):
-    """Workers take whole files in this order: the longest must not begin last."""
+    """Workers take whole files in this order: the longest must not begin last, nor two that wait for each other."""
     order = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -132,14 +132,12 @@ def test_what_stops_the_first_process_stops_both(tmp_path):
 
 
 def test_the_train_command_on_two_processes(tmp_path):
-    from experiments import train as command
-
-    args = ["--config", "configs/energy_kd.py:smoke", "--config.only=energy_kd", "--config.loop.progress=false"]
+    args = ["--config", "configs/energy_kd.py:smoke", "--config.only=teacher", "--config.loop.progress=false"]
     shared = [sys.executable, "-m", "experiments.train", *args, "--workdir", str(tmp_path / "two")]
     shared += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
     options = {
-        "cwd": pathlib.Path(command.__file__).parents[1],
-        "env": os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+        "cwd": pathlib.Path(toys.__file__).parents[2],
+        "env": os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     }
@@ -151,11 +149,8 @@ def test_the_train_command_on_two_processes(tmp_path):
         for process in started:
             process.kill()
             process.wait()
-    assert b"energy_kd" in said[0][0]  # the table
-    assert b"energy_kd" not in said[1][0]
-    command.main([*args, "--workdir", str(tmp_path / "one"), "--config.loop.tensorboard=false"])
-    for stage in ("teacher", "energy_kd"):
-        two, one = (toys.final(tmp_path / name, stage) for name in ("two", "one"))
-        assert two.keys() == one.keys()
-        for name in one:
-            np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5)
+    assert b"teacher" in said[0][0]  # the table
+    assert b"teacher" not in said[1][0]
+    lines = [(line["stage"], line["step"], *line) for line in toys.lines(tmp_path / "two")]
+    assert len(lines) == len(set(lines)) == 3  # two windows and an evaluation, written once
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["results"]["test/top1"]["teacher"]["seeds"] == 2
