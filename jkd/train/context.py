@@ -11,7 +11,7 @@ from jkd.errors import UserError
 from jkd.train.log import console
 from jkd.train.mesh import Rules
 from jkd.train.passes import Residents, sweep
-from jkd.train.signals import StopRequest
+from jkd.train.signals import Preempted, StopRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,5 +64,22 @@ class Context:
             console.print(text, soft_wrap=True)
 
     def sweep(self, fn: Any, args: Any, source: Any, key: Any = None) -> Any:
-        """`jkd.train.sweep` on the run's mesh."""
-        return sweep(fn, args, source, key, mesh=self.mesh, residents=self.residents, rules=self.rules)
+        """`jkd.train.sweep` on the run's mesh; SIGTERM ends it (of one process: several agree only at their steps)."""
+        return sweep(
+            fn,
+            args,
+            source,
+            key,
+            mesh=self.mesh,
+            residents=self.residents,
+            rules=self.rules,
+            watch=lambda: self.stop_if_asked("the end of a sweep"),
+        )
+
+    def stop_if_asked(self, before: str) -> None:
+        """Raises Preempted where a single process was asked to stop: no state is under way that could be saved."""
+        if self.stop.asked:
+            raise Preempted(
+                f"Stopped on request before {before}; what is finished is in {self.workdir}. Run the same command "
+                "again to go on."
+            )

@@ -79,8 +79,8 @@ def run(
         ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
         try:
             return _run_stages(ctx, stages)
-        except UserError:
-            if fresh and not ctx.begun:
+        except UserError as error:
+            if fresh and not ctx.begun and not isinstance(error, Preempted):
                 workdirs.disclaim(folder)
             raise
 
@@ -123,9 +123,9 @@ class _StageRun:
         ctx, stage = self.ctx, self.stage
         previous = self._previous()
         key = self._key()
-        self._stop_between("prepare")
+        ctx.stop_if_asked(f"prepare of stage {stage.name!r}")
         members = self._members(key, previous, self._prepared(key, previous))
-        self._stop_between("init")
+        ctx.stop_if_asked(f"init of stage {stage.name!r}")
         self.members = members
         self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
         try:
@@ -301,13 +301,6 @@ class _StageRun:
         every = self.ctx.options.checkpoint_every
         if every and t % every == 0:
             self._save()
-
-    def _stop_between(self, what: str) -> None:
-        if self.ctx.stop.asked:
-            raise Preempted(
-                f"Stopped on request before {what} of stage {self.stage.name!r}; what is finished is in "
-                f"{self.ctx.workdir}. Run the same command again to go on."
-            )
 
     def _stop_if_asked(self) -> None:
         if not self.ctx.stop.reached(self.ctx.steps_before + self.t):

@@ -78,12 +78,13 @@ def sweep(
     mesh: Mesh,
     residents: Residents | None = None,
     rules: Rules = DEFAULT_RULES,
+    watch: Callable[[], None] | None = None,
 ) -> Any:
     """Runs `fn(args, batch, key) -> rows` over one pass of a source: all rows, as numpy arrays.
 
     A shuffled source is visited as in training and its last partial batch dropped; a source in order gives its
     rows in that order, all of them. With a key, batch t gets `fold_in(key, t)`; without, None. `residents` holds the
-    device copies of data that several passes share.
+    device copies of data that several passes share; `watch` is called before each batch, and stops the pass by raising.
     """
     residents = residents or Residents(mesh)
     check_batch_size(source.batch_size, mesh)
@@ -98,6 +99,8 @@ def sweep(
         )
     rows = []
     for t, crossed in enumerate(source.iterate(0, count, local_rows(mesh, source.batch_size))):
+        if watch is not None:
+            watch()
         crossed = cross(crossed, mesh, source.batch_size, batch_axis(source))
         out = program(args, crossed, residents(source), key, np.int32(t))
         rows.append(jax.device_get(out))

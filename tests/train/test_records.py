@@ -213,6 +213,29 @@ def test_sigterm_between_stages_stops_before_the_next(moment, tmp_path):
     assert list(train.finished_stages(tmp_path)) == ["first", "second"]
 
 
+def test_sigterm_in_a_sweep_does_not_wait_for_its_end(tmp_path):
+    read = []
+
+    class Terminated(data.MemorySource):
+        def iterate(self, start, stop, rows=None):
+            for t, batch in enumerate(super().iterate(start, stop, rows), start):
+                read.append(t)
+                if t == 3 and len(read) == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    def prepare(key, previous, sweep):
+        return {"sum": sweep(lambda args, batch, key: batch["label"], {}, Terminated(toys.DIGITS, 16)).sum()}
+
+    stages = [counter(name="first", num_steps=2), counter(name="second", num_steps=0, prepare=prepare)]
+    with pytest.raises(train.Preempted, match="before the end of a sweep; .* Run the same command again"):
+        go(stages, tmp_path)
+    assert read == [0, 1, 2, 3]
+    assert list(train.finished_stages(tmp_path)) == ["first"]
+    go(stages, tmp_path)
+    assert read[4:] == list(range(16))
+
+
 @pytest.mark.parametrize("field", [{"keep": 0}, {"checkpoint_every": -1}])
 def test_options_that_would_lose_checkpoints_are_refused(field):
     with pytest.raises(ValueError, match="keep must be >= 1 and checkpoint_every >= 0"):
