@@ -16,6 +16,7 @@ from jkd import data, metrics, nn, train
 from jkd.errors import UserError, unknown
 
 SPLIT_SEEDS = 2**31 - 1
+SCHEDULES = ("cosine", "steps")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -219,9 +220,6 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
     return Predictor(predict, task.shape, variables)
 
 
-SCHEDULES = ("cosine", "steps")
-
-
 def check_schedule(section: ConfigDict, name: str, milestones: str, epochs: tuple) -> None:
     """Raises UserError unless a section's schedule exists, and its milestones (of the field `milestones`) are > 0."""
     if section.schedule not in SCHEDULES:
@@ -242,13 +240,18 @@ def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonne
 def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
     """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
 
-    `milestones` are epochs: the rate drops tenfold after each of them. See `check_schedule`.
+    `milestones` are epochs: the rate drops tenfold after each of them.
+
+    Raises:
+      UserError: for another schedule; `check_schedule` says so with the name of the section.
     """
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(lr, num_steps)
-    else:
+    elif config.schedule == "steps":
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
         schedule = optax.piecewise_constant_schedule(lr, drops)
+    else:
+        raise unknown("schedule", config.schedule, SCHEDULES)
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum))
 
 

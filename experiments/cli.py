@@ -16,7 +16,7 @@ import ml_collections
 from etils import epath
 
 from jkd.errors import UserError, nearest, unknown
-from jkd.train.workdir import EXECUTION_FIELDS, flatten, folder_of, read_config
+from jkd.train.workdir import EXECUTION_FIELDS, check_writable, flatten, folder_of, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -116,9 +116,7 @@ def new_file(path: str) -> epath.Path:
     if not file.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {file.parent}.")
     try:
-        probe = file.parent / f".{file.name}.tmp"
-        probe.write_text("")
-        probe.unlink()
+        check_writable(file.parent)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
     return file

@@ -144,6 +144,11 @@ def student_step(setup: dst.Setup, arm: ConfigDict, optimizer: Any, steps_per_ep
     return step
 
 
+def temperatures_of(arm: ConfigDict) -> dict[str, float]:
+    """The temperatures of an arm's three groups, as the losses take them."""
+    return {name: arm[name] for name in ("t_low", "t_mid", "t_high")}
+
+
 def group_shares(arm: ConfigDict, teacher_logits: Any, consts: Any) -> dict[str, jax.Array]:
     """What an arm that uses energies logs of a batch: the shares of both groups, and the mean temperature."""
     if not uses_energy(arm):
@@ -151,14 +156,14 @@ def group_shares(arm: ConfigDict, teacher_logits: Any, consts: Any) -> dict[str,
     energy, limits = distill.energy_score(teacher_logits), consts["thresholds"]
     found = {"share_low": (energy < limits["low"]).mean(), "share_high": (energy > limits["high"]).mean()}
     if arm.loss in ("energy_kd", "energy_dkd"):
-        temperatures = {"t_low": arm.t_low, "t_mid": arm.t_mid, "t_high": arm.t_high}
-        found["temperature"] = distill.energy_temperature(energy, limits["low"], limits["high"], **temperatures).mean()
+        rule = distill.energy_temperature(energy, limits["low"], limits["high"], **temperatures_of(arm))
+        found["temperature"] = rule.mean()
     return found
 
 
 def arm_loss(arm: ConfigDict, steps_per_epoch: float) -> Callable:
     """The arm's loss on the original images: `(student, teacher, labels, consts, t) -> f32[]`."""
-    temperatures = {"t_low": arm.t_low, "t_mid": arm.t_mid, "t_high": arm.t_high}
+    temperatures = temperatures_of(arm)
 
     def warm_up(t: Any) -> jax.Array:
         """min(epoch / warmup_epochs, 1), the epoch counted from 1."""

@@ -20,7 +20,7 @@ from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
 from jkd.train import Preempted, forget_programs
 from jkd.train.log import console, jsonable
-from jkd.train.workdir import folder_of, write_text
+from jkd.train.workdir import check_writable, folder_of, write_text
 
 METHODS = ("energy_kd",)
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
@@ -78,8 +78,7 @@ def earlier_results(out: epath.Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text()) if file.exists() else {}
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / ".writable", "")
-        (out / ".writable").unlink()
+        check_writable(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
     except ValueError as error:

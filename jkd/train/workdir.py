@@ -52,6 +52,13 @@ def write_text(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
+def check_writable(folder: epath.Path) -> None:
+    """Raises OSError where nothing can be written to a folder; several processes may ask at once."""
+    probe = folder / ".writable"
+    probe.write_text("")
+    probe.unlink(missing_ok=True)
+
+
 def read_config(workdir: epath.Path) -> dict[str, Any]:
     """What `config.json` of a run's folder holds.
 

@@ -179,6 +179,13 @@ def test_a_step_adds_the_distillation_of_the_mixed_images(name, weight, setup, t
 
 # --- the settings of the papers ---
 
+
+def trained(weight_decay, **teacher):
+    both = {"momentum": 0.9, "weight_decay": weight_decay, "schedule": "steps"}
+    settings = {f"{who}.{name}": value for who in ("teacher", "student") for name, value in both.items()}
+    return settings | {f"teacher.{name}": value for name, value in teacher.items()}
+
+
 CIFAR = {
     "batch_size": 64,
     "data.mean": (0.5071, 0.4867, 0.4408),
@@ -189,12 +196,7 @@ CIFAR = {
     "data.imbalance": 1.0,
     "teacher.model": "resnet56",
     "student.model": "resnet20",
-    **{f"{who}.{n}": v for who in ("teacher", "student") for n, v in (("momentum", 0.9), ("weight_decay", 5e-4))},
-    "teacher.schedule": "steps",
-    "student.schedule": "steps",
-    "teacher.lr": 0.05,
-    "teacher.epochs": 240.0,
-    "teacher.milestones": (150, 180, 210),
+    **trained(lr=0.05, epochs=240.0, milestones=(150, 180, 210), weight_decay=5e-4),
     **{f"arms.{a}.lr": 0.05 for a in ("ce", "kd", "energy_kd", "energy_kd_reversed_long", "dkd", "kd_he_da")},
     **{f"arms.{a}.epochs": 240.0 for a in ("ce", "kd", "energy_kd", "dkd", "energy_dkd", "kd_he_da", "kd_cutmix")},
     **{f"arms.{a}.milestones": (150, 180, 210) for a in ("ce", "kd", "dkd", "kd_he_da")},
@@ -228,12 +230,7 @@ IMAGENET = {
     "data.flip": True,
     "teacher.model": "resnet34",
     "student.model": "resnet18",
-    **{f"{who}.{n}": v for who in ("teacher", "student") for n, v in (("momentum", 0.9), ("weight_decay", 1e-4))},
-    "teacher.schedule": "steps",
-    "student.schedule": "steps",
-    "teacher.lr": 0.2,
-    "teacher.epochs": 100.0,
-    "teacher.milestones": (30, 60, 90),
+    **trained(lr=0.2, epochs=100.0, milestones=(30, 60, 90), weight_decay=1e-4),
     **{f"arms.{a}.{n}": v for a in ("kd", "energy_kd", "dkd") for n, v in (("lr", 0.2), ("epochs", 100.0))},
     **{f"arms.{a}.milestones": (30, 60, 90) for a in ("kd", "energy_kd", "dkd", "kd_he_da")},
     **{f"arms.{a}.{n}": 0.5 for a in ("kd", "energy_kd", "kd_he_da") for n in ("ce_weight", "kd_weight")},
