@@ -59,7 +59,7 @@ def all_arms(long: float = 1.5, **changes) -> ConfigDict:
 def network(model: str, lr: float, epochs: float) -> ConfigDict:
     """A model and how it is trained; the rate and epochs of students are their arm's."""
     config = ConfigDict()
-    config.model, config.hidden, config.width, config.dtype = model, (256, 256), 16, "float32"
+    config.model, config.hidden, config.width = model, (256, 256), 16
     config.lr, config.epochs = lr, epochs
     config.schedule, config.milestones = "cosine", (0,)  # or "steps": tenfold drops after these epochs
     config.momentum, config.weight_decay = 0.9, 5e-4
@@ -74,6 +74,10 @@ def digits() -> ConfigDict:
     config.batch_size, config.eval_batch_size = 64, 1000
     config.eval_epochs = 10.0  # between evaluations; the last one always happens
     config.log_every = 50
+
+    config.precision = "float32"  # or bfloat16: what models compute in; parameters, losses and sums stay float32
+    config.remat, config.microbatches = False, 1  # less memory for the same step
+    config.average = ConfigDict({"kind": "none", "decay": 0.999, "start_epoch": 0.0})  # ema or mean of the parameters
 
     config.data = ConfigDict()
     config.data.name, config.data.data_dir, config.data.image_size = "mnist5k", "", 0

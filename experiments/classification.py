@@ -17,7 +17,7 @@ from jkd.errors import UserError, unknown
 
 SPLIT_SEEDS = 2**31 - 1
 SCHEDULES = ("cosine", "steps")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+PRECISIONS = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,18 +164,47 @@ def make_views(config: ConfigDict) -> Views:
     return Views(data.compose(*steps) if steps else lambda key, images: images, tuple(c.mean), tuple(c.std))
 
 
-def build_model(config: ConfigDict, task: Task) -> Any:
-    """The model of a `teacher` or `student` section."""
+def build_model(config: ConfigDict, task: Task, precision: str) -> Any:
+    """The model of a `teacher` or `student` section.
+
+    `precision` is what it computes in. Parameters, statistics, logits and losses, and all sums over devices, are
+    float32 for "float32" and "bfloat16", and float64 for "float64".
+    """
     options = {"hidden": tuple(config.hidden)} if config.model == "mlp" else {}
     if config.model == "cnn":
         options = {"width": config.width}
-    if config.dtype not in DTYPES:
-        raise unknown("dtype", config.dtype, DTYPES)
-    if config.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != np.float64:
-        raise UserError("dtype=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1.")
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if precision == "float64" and jax.dtypes.canonicalize_dtype("float64") != np.float64:
+        raise UserError("precision=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1.")
     if config.model == "mlp" and min(config.hidden, default=1) < 1:
         raise UserError(f"hidden must be widths >= 1, got {tuple(config.hidden)}.")
-    return nn.build(config.model, task.num_classes, dtype=jnp.dtype(config.dtype), **options)
+    dtype = jnp.dtype(precision)
+    param_dtype = jnp.promote_types(dtype, jnp.float32)
+    return nn.build(config.model, task.num_classes, dtype=dtype, param_dtype=param_dtype, **options)
+
+
+def transformed(config: ConfigDict, task: Task, stage: train.Stage) -> train.Stage:
+    """A stage with the config's `remat`, `microbatches` and `average`.
+
+    Raises:
+      UserError: for micro-batches that do not divide the batch, or an average that does not exist.
+    """
+    if config.microbatches < 1 or config.batch_size % config.microbatches:
+        raise UserError(
+            f"microbatches must be >= 1 and divide batch_size={config.batch_size}, got {config.microbatches}."
+        )
+    if config.remat:
+        stage = train.remat(stage)
+    if config.microbatches > 1:
+        stage = train.microbatch(stage, config.microbatches)
+    if config.average.kind == "none":
+        return stage
+    if config.average.kind not in train.AVERAGES:
+        raise unknown("average.kind", config.average.kind, ("none", *train.AVERAGES))
+    check_numbers(config.average, "average", nonnegative=("start_epoch", "decay"))
+    start = round(config.average.start_epoch * steps_of(config, task, 1)[1])
+    return train.average(stage, config.average.kind, decay=config.average.decay, start=start)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,9 @@ class Setup:
     def of(cls_, config: ConfigDict) -> "Setup":
         """Loads the data and builds the models of a config."""
         task = cls.load_task(config)
-        teacher, student = (cls.build_model(section, task) for section in (config.teacher, config.student))
+        teacher, student = (
+            cls.build_model(section, task, config.precision) for section in (config.teacher, config.student)
+        )
         return cls_(config, task, cls.make_views(config), teacher, student)
 
     @property
@@ -116,7 +118,8 @@ def teacher_stage(setup: Setup, evaluators: Mapping[str, train.Evaluator] | None
 
 
 def seeds(setup: Setup, stage: train.Stage) -> train.Stage:
-    """A stage as an ensemble over the config's paired seeds."""
+    """A stage as the config executes it, as an ensemble over its paired seeds."""
+    stage = cls.transformed(setup.config, setup.task, stage)
     return train.ensemble(stage, keys=cls.member_keys(setup.config), mode=setup.config.ensemble)
 
 
@@ -126,15 +129,13 @@ def train_teacher(setup: Setup, evaluators: Mapping[str, train.Evaluator]) -> tr
     steps, per_epoch = cls.steps_of(config, setup.task, section.epochs)
     optimizer = cls.make_optimizer(section, section.lr, steps, per_epoch)
 
-    def step(key: jax.Array, state: Any, consts: Any, batch: Any, t: Any) -> Any:
-        images = setup.views.train(key, batch["image"])
+    def view(key: jax.Array, consts: Any, batch: Any) -> Any:
+        return {**batch, "image": setup.views.train(key, batch["image"])}
 
-        def loss_fn(params: Any, batch: Any, key: Any) -> Any:
-            out, model_state = nn.apply_train(setup.teacher.apply, params, state.model_state, images)
-            correct = metrics.topk_correct(out.logits, batch["label"]).mean()
-            return distill.cross_entropy(out.logits, batch["label"]), train.Aux({"accuracy": correct}, model_state)
-
-        return train.make_train_step(loss_fn, optimizer)(state, batch, key)
+    def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
+        out, model_state = nn.apply_train(setup.teacher.apply, params, state.model_state, batch["image"])
+        correct = metrics.topk_correct(out.logits, batch["label"]).mean()
+        return distill.cross_entropy(out.logits, batch["label"]), train.Aux({"accuracy": correct}, model_state)
 
     return train.Stage(
         "teacher",
@@ -142,7 +143,7 @@ def train_teacher(setup: Setup, evaluators: Mapping[str, train.Evaluator]) -> tr
         prepare=lambda key, previous, sweep: setup.task.draw(key),
         data=lambda consts: setup.task.source(consts, config.batch_size),
         init=initializer(setup, setup.teacher, optimizer),
-        step=step,
+        step=train.ModelStep(loss_fn, optimizer, view),
         publish=lambda state: state.variables,
         evaluators={
             **cls.accuracy_evaluators(config, setup.task, setup.teacher, setup.views, per_epoch),
@@ -276,11 +277,15 @@ def cache_logits(setup: Setup, teacher: Any, consts: Any, key: jax.Array, sweep:
     return {"logits": np.stack(logits), "slot": slot, "bank_key": key}
 
 
-def look(setup: Setup, key: jax.Array, consts: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """The images of a step as the student sees them, and the teacher's logits for them."""
-    if setup.cached:
-        number = jax.random.randint(key, batch["index"].shape, 0, setup.config.teacher.bank)
-        images = bank_view(setup.views, consts["bank_key"], number, batch["index"], batch["image"])
-        return images, consts["logits"][number, consts["slot"][batch["index"]]]
-    images = setup.views.train(key, batch["image"])
-    return images, setup.teach(consts["teacher"], images)
+def view(setup: Setup, key: jax.Array, consts: Any, batch: Any) -> dict[str, Any]:
+    """The batch with images as the student sees them, and with "teacher_logits" where those are cached."""
+    if not setup.cached:
+        return {**batch, "image": setup.views.train(key, batch["image"])}
+    number = jax.random.randint(key, batch["index"].shape, 0, setup.config.teacher.bank)
+    images = bank_view(setup.views, consts["bank_key"], number, batch["index"], batch["image"])
+    return {**batch, "image": images, "teacher_logits": consts["logits"][number, consts["slot"][batch["index"]]]}
+
+
+def teacher_logits(setup: Setup, consts: Any, batch: Any) -> jax.Array:
+    """The teacher's logits for a batch of `view`."""
+    return batch["teacher_logits"] if setup.cached else setup.teach(consts["teacher"], batch["image"])

@@ -119,29 +119,26 @@ def find_thresholds(setup: dst.Setup, arm: ConfigDict, energies: Callable, const
     return {"thresholds": dict(thresholds._asdict())}
 
 
-def student_step(setup: dst.Setup, arm: ConfigDict, optimizer: Any, steps_per_epoch: float) -> Callable:
+def student_step(setup: dst.Setup, arm: ConfigDict, optimizer: Any, steps_per_epoch: float) -> train.ModelStep:
     """`Stage.step` of an arm."""
     loss = arm_loss(arm, steps_per_epoch)
 
-    def step(key: jax.Array, state: Any, consts: Any, batch: Any, t: Any) -> Any:
-        key_view, key_mix = jax.random.split(key)
-        images, teacher_logits = dst.look(setup, key_view, consts, batch)
-        groups = group_shares(arm, teacher_logits, consts)
+    def view(key: jax.Array, consts: Any, batch: Any) -> Any:
+        return dst.view(setup, jax.random.split(key)[0], consts, batch)
 
-        def loss_fn(params: Any, batch: Any, key: Any) -> Any:
-            out, model_state = nn.apply_train(setup.student.apply, params, state.model_state, images)
-            value = loss(out.logits, teacher_logits, batch["label"], consts, t)
-            if arm.mix != "none":
-                mixed, weights = mix(arm, key, images, teacher_logits, consts)
-                again, model_state = nn.apply_train(setup.student.apply, params, model_state, mixed)
-                target = setup.teach(consts["teacher"], mixed)
-                value += arm.kd_weight * distill.high_energy_kd_loss(again.logits, target, arm.temperature, weights)
-            correct = metrics.topk_correct(out.logits, batch["label"]).mean()
-            return value, train.Aux({"accuracy": correct, **groups}, model_state)
+    def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
+        images, labels, teacher_logits = batch["image"], batch["label"], dst.teacher_logits(setup, consts, batch)
+        out, model_state = nn.apply_train(setup.student.apply, params, state.model_state, images)
+        value = loss(out.logits, teacher_logits, labels, consts, t)
+        if arm.mix != "none":
+            mixed, weights = mix(arm, jax.random.split(key)[1], images, teacher_logits, consts)
+            again, model_state = nn.apply_train(setup.student.apply, params, model_state, mixed)
+            target = setup.teach(consts["teacher"], mixed)
+            value += arm.kd_weight * distill.high_energy_kd_loss(again.logits, target, arm.temperature, weights)
+        correct = metrics.topk_correct(out.logits, labels).mean()
+        return value, train.Aux({"accuracy": correct, **group_shares(arm, teacher_logits, consts)}, model_state)
 
-        return train.make_train_step(loss_fn, optimizer)(state, batch, key_mix)
-
-    return step
+    return train.ModelStep(loss_fn, optimizer, view)
 
 
 def temperatures_of(arm: ConfigDict) -> dict[str, float]:
@@ -220,7 +217,7 @@ def group_evaluator(setup: dst.Setup) -> train.Evaluator:
     def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, jax.Array]:
         # A fixed key for each batch: the first row's number.
         key = jax.random.fold_in(jax.random.key(0), batch["index"][0])
-        _, logits = dst.look(setup, key, consts, batch)
+        logits = dst.teacher_logits(setup, consts, dst.view(setup, key, consts, batch))
         energy, limits = distill.energy_score(logits), consts["thresholds"]
         return {
             "low": ((energy < limits["low"]) & mask).sum(),

@@ -42,6 +42,8 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
     for name in ("batch_size", "eval_batch_size"):  # before anything is written
         if name in config:
             check_batch_size(config[name], mesh, name)
+    if config.get("microbatches", 1) > 1:
+        check_batch_size(config.batch_size // config.microbatches, mesh, "batch_size / microbatches")
     options = {f.name: config.loop[f.name] for f in dataclasses.fields(train.LoopOptions) if f.name in config.loop}
     found = train.run(
         module.stages(config),

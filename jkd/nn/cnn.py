@@ -12,6 +12,7 @@ from jkd.nn.layers import (
     check_width,
     global_average_pool,
     head,
+    keep,
 )
 from jkd.nn.outputs import Outputs
 
@@ -50,7 +51,7 @@ class CNN(nn.Module):
         features = {}
         for name, times, stride in (("stem", 1, 1), ("block1", 2, 2), ("block2", 4, 2)):
             layer = ConvNorm(times * self.width, 3, stride, self.dtype, self.param_dtype, name=name)
-            x = nn.relu(layer(x, train))
+            x = keep(nn.relu(layer(x, train)))
             features[name] = x
         features["pool"] = global_average_pool(x)
         return Outputs(head(features["pool"], self.num_classes, self.param_dtype), features)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Num
 
 from jkd.errors import UserError
+from jkd.nn import mixed
 
 Images = Num[Array | np.ndarray, "batch *image"]
 
@@ -52,6 +54,8 @@ class ConvNorm(nn.Module):
             kernel_init=kaiming_normal_fan_out,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            promote_dtype=mixed.promote,
+            conv_general_dilated=mixed.conv_general_dilated,
             name="conv",
         )(x)
         return nn.BatchNorm(
@@ -67,14 +71,24 @@ class ConvNorm(nn.Module):
 
 
 def linear(fan_in: int, units: int, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.Dense:
-    """A dense layer; kernel and bias start at U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), as in PyTorch."""
+    """A dense layer; kernel and bias start at U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), as in PyTorch.
+
+    It multiplies in `dtype`; its output is as wide as the bias, `param_dtype`.
+    """
     bound = fan_in**-0.5
 
     def uniform(key: Key[Array, ""], shape: Sequence[int], dtype: DTypeLike) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nn.Dense(
-        units, kernel_init=uniform_fan_in, bias_init=uniform, dtype=dtype, param_dtype=param_dtype, name=name
+        units,
+        kernel_init=uniform_fan_in,
+        bias_init=uniform,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        promote_dtype=mixed.promote,
+        dot_general=mixed.dot_general,
+        name=name,
     )
 
 
@@ -82,7 +96,13 @@ def head(
     pooled: Float[Array, "batch channels"], num_classes: int, param_dtype: DTypeLike
 ) -> Float[Array, "batch classes"]:
     """The classifier "head" on the penultimate vector, in the vector's dtype (call in a compact method)."""
-    return linear(pooled.shape[-1], num_classes, pooled.dtype, param_dtype, "head")(pooled)
+    logits = linear(pooled.shape[-1], num_classes, pooled.dtype, param_dtype, "head")(pooled)
+    return checkpoint_name(logits.astype(pooled.dtype), "logits")
+
+
+def keep(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Names `x` "block": what rematerialization keeps of a network's forward pass; see `jkd.train.remat`."""
+    return checkpoint_name(x, "block")
 
 
 def global_average_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch channels"]:

@@ -14,6 +14,7 @@ from jkd.nn.layers import (
     check_images,
     check_width,
     head,
+    keep,
     linear,
 )
 from jkd.nn.outputs import Outputs
@@ -52,7 +53,8 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         features = {}
         for i, units in enumerate(self.hidden, start=1):
-            x = nn.relu(linear(x.shape[-1], units, self.dtype, self.param_dtype, f"hidden{i}")(x))
+            x = linear(x.shape[-1], units, self.dtype, self.param_dtype, f"hidden{i}")(x)
+            x = keep(nn.relu(x).astype(self.dtype))
             features[f"hidden{i}"] = x
         features["pool"] = x.astype(at_least_float32(self.dtype))
         return Outputs(head(features["pool"], self.num_classes, self.param_dtype), features)

@@ -22,6 +22,7 @@ from jkd.nn.layers import (
     check_width,
     global_average_pool,
     head,
+    keep,
 )
 from jkd.nn.outputs import Outputs
 
@@ -118,7 +119,7 @@ class ResNet(nn.Module):
         for b, (count, width) in enumerate(zip(self.units, self.widths[1:], strict=True), start=1):
             for u in range(count):
                 stride = 2 if b > 1 and u == 0 else 1
-                x = unit(width, stride, self.dtype, self.param_dtype, name=f"block{b}_{u}")(x, train)
+                x = keep(unit(width, stride, self.dtype, self.param_dtype, name=f"block{b}_{u}")(x, train))
             features[f"block{b}"] = x
         features["pool"] = global_average_pool(x)
         return Outputs(head(features["pool"], self.num_classes, self.param_dtype), features)
@@ -129,7 +130,7 @@ class ResNet(nn.Module):
         x = nn.relu(stem(images, train))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        return x
+        return keep(x)
 
 
 def _cifar(depth: int, widths: tuple[int, ...], num_classes: int, *types: DTypeLike) -> ResNet:

@@ -3,23 +3,28 @@
 from jkd.train.caches import forget_programs
 from jkd.train.ensemble import ensemble
 from jkd.train.finite import NonFiniteError
+from jkd.train.gradient import Aux, value_and_grad
 from jkd.train.loop import LoopOptions, run
 from jkd.train.mesh import fsdp, jit_step, make_mesh, place, replicate, shard, tree_shardings
 from jkd.train.outcome import evaluate_outcome, finished_stages, load_outcome
 from jkd.train.passes import evaluate, sweep
 from jkd.train.signals import Preempted
 from jkd.train.stage import Evaluator, Outcome, Stage
-from jkd.train.state import Aux, TrainState, chain, create_state, make_train_step
+from jkd.train.state import ModelStep, TrainState, chain, create_state, make_train_step
+from jkd.train.transforms import AVERAGES, average, microbatch, remat
 
 __all__ = [
+    "AVERAGES",
     "Aux",
     "Evaluator",
     "LoopOptions",
+    "ModelStep",
     "NonFiniteError",
     "Outcome",
     "Preempted",
     "Stage",
     "TrainState",
+    "average",
     "chain",
     "create_state",
     "ensemble",
@@ -32,10 +37,13 @@ __all__ = [
     "load_outcome",
     "make_mesh",
     "make_train_step",
+    "microbatch",
     "place",
+    "remat",
     "replicate",
     "run",
     "shard",
     "sweep",
     "tree_shardings",
+    "value_and_grad",
 ]

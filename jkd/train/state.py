@@ -1,11 +1,13 @@
 """The training state of one model, its gradient step, and transforms of parameters."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
+
+from jkd.train.gradient import value_and_grad
 
 
 @jax.tree_util.register_dataclass
@@ -29,41 +31,71 @@ class TrainState:
         return {"params": self.params, **self.model_state}
 
 
-class Aux(NamedTuple):
-    """What a loss may return beside its value: scalars to log, and the model's new other variables."""
-
-    metrics: dict[str, Any]
-    model_state: Any = None
-
-
 def create_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Splits `variables` into parameters and the rest, and initializes the optimizer."""
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
     return TrainState(variables["params"], optimizer.init(variables["params"]), model_state)
 
 
-def make_train_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def make_train_step(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    saved: Sequence[str] | None = None,
+) -> Callable:
     """Makes the pure step `step(state, batch, key) -> (state, metrics)` from a loss.
 
     Args:
       loss_fn: `loss_fn(params, batch, key)` returns a scalar, or `(scalar, Aux)`.
       optimizer: any optax transformation.
+      microbatches: see `value_and_grad`.
+      saved: see `value_and_grad`.
 
     The metrics are `loss`, `grad_norm` (the global l2 norm of the gradient) and those of the `Aux`.
     """
-
-    def with_aux(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Aux]:
-        out = loss_fn(params, batch, key)
-        return out if isinstance(out, tuple) else (out, Aux({}))
+    gradient = value_and_grad(loss_fn, microbatches=microbatches, saved=saved)
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, aux), grads = jax.value_and_grad(with_aux, has_aux=True)(state.params, batch, key)
+        (loss, aux), grads = gradient(state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         model_state = state.model_state if aux.model_state is None else aux.model_state
         state = TrainState(optax.apply_updates(state.params, updates), opt_state, model_state)
         return state, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux.metrics}
 
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStep:
+    """`Stage.step` of one model with one loss, in a form that `remat` and `microbatch` can change.
+
+    Attributes:
+      loss_fn: `loss_fn(params, state, consts, batch, key, t)` returns a scalar, or `(scalar, Aux)`.
+      optimizer: any optax transformation.
+      view: `view(key, consts, batch) -> batch`, without gradient: what is drawn at random for the batch as a whole,
+        such as augmented images. It gets the same key as the loss: split it where both draw.
+      microbatches: see `value_and_grad`.
+      saved: see `value_and_grad`.
+    """
+
+    loss_fn: Callable
+    optimizer: optax.GradientTransformation
+    view: Callable | None = None
+    microbatches: int = 1
+    saved: tuple[str, ...] | None = None
+
+    def __call__(
+        self, key: jax.Array, state: TrainState, consts: Any, batch: Any, t: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step on a state of `create_state`."""
+        batch = batch if self.view is None else self.view(key, consts, batch)
+
+        def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
+            return self.loss_fn(params, state, consts, batch, key, t)
+
+        step = make_train_step(loss_fn, self.optimizer, microbatches=self.microbatches, saved=self.saved)
+        return step(state, batch, key)
 
 
 def chain(*transforms: Callable[[Any], Any]) -> Callable[[Any], Any]:

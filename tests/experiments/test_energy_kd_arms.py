@@ -131,7 +131,9 @@ def batch(setup):
 
 
 def test_student_and_teacher_see_the_same_view(setup, teacher, batch):
-    images, logits = distillation.look(setup, jax.random.key(1), {"teacher": teacher}, batch)
+    consts = {"teacher": teacher}
+    seen = distillation.view(setup, jax.random.key(1), consts, batch)
+    images, logits = seen["image"], distillation.teacher_logits(setup, consts, seen)
     plain = setup.views.plain(batch["image"])
     assert np.abs(np.asarray(images - plain)).max() > 0.5  # it was moved
     np.testing.assert_allclose(logits, setup.teach(teacher, images), rtol=1e-6)
@@ -170,7 +172,8 @@ def test_a_step_adds_the_distillation_of_the_mixed_images(name, weight, setup, t
     consts = {"teacher": teacher, "thresholds": {"low": jnp.float32(-9), "high": jnp.float32(-5)}}
     key = jax.random.key(3)
     _, metrics = energy_kd.student_step(setup, made, optimizer, 5.0)(key, state, consts, batch, 0)
-    images, logits = distillation.look(setup, jax.random.split(key)[0], consts, batch)
+    images = distillation.view(setup, jax.random.split(key)[0], consts, batch)["image"]
+    logits = setup.teach(teacher, images)
     own, again = (setup.student.apply(state.variables, x).logits for x in (images, mixed))
     expected = 0.1 * distill.cross_entropy(own, batch["label"]) + weight * distill.kd_loss(own, logits, 3.0)
     expected += weight * distill.kd_loss(again[:3], setup.teach(teacher, mixed)[:3], 3.0)

@@ -1,0 +1,58 @@
+"""The shipped config with less memory, another precision, or averaged parameters."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers_experiments import QUIET, SMOKE
+
+from experiments import train
+from jkd import train as jkd_train
+
+ARM = "energy_kd"
+
+
+@pytest.fixture
+def x64():
+    """Float64 in all threads."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def run(workdir, *changes):
+    """The published parameters of an arm, and all logged metrics of its steps."""
+    fields = (f"only={ARM}", *changes)
+    train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{field}" for field in fields)])
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [record["train"] for record in records if record["stage"] == ARM and "train" in record]
+    return jkd_train.load_outcome(workdir, ARM).published, logged
+
+
+def test_the_shipped_step_is_the_same_in_parts_and_with_remat(x64, tmp_path):
+    plain = run(tmp_path / "plain", "precision=float64")
+    for name, changes in {"parts": ("microbatches=2",), "both": ("microbatches=2", "remat=True")}.items():
+        found = run(tmp_path / name, "precision=float64", *changes)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+            assert jnp.asarray(one).dtype == jnp.float64
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_bfloat16_keeps_parameters_and_metrics_float32(smoke, tmp_path):
+    params, logged = run(tmp_path / "run", "precision=bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    wanted = [json.loads(line) for line in (smoke / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["train"]["loss"] for record in wanted if record["stage"] == ARM and "train" in record]
+    found = [record["loss"] for record in logged]
+    np.testing.assert_allclose(found, losses, rtol=0.02)
+    assert not np.allclose(found, losses, rtol=1e-6), "computed in another precision"
+
+
+def test_averages_are_what_the_run_publishes(smoke, tmp_path):
+    averaged, _ = run(tmp_path / "run", "average.kind=mean", "arms.energy_kd.epochs=0.8")
+    last = jkd_train.load_outcome(smoke, ARM).published
+    # Two steps at small rates: the mean of both lies between the first and the last.
+    distance = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), averaged, last)
+    assert 0 < max(jax.tree.leaves(distance)) < 0.1
