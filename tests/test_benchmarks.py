@@ -6,10 +6,15 @@ import pathlib
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_loop_and_a_bare_loop_take_the_same_steps():
-    spec = importlib.util.spec_from_file_location("loop_overhead", FOLDER / "loop_overhead.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = load("loop_overhead")
     mesh = bench.train.make_mesh(devices=bench.jax.devices()[:1])
     stage, source = bench.make_stage(batch=8, width=16, num_steps=bench.WARM + 10)
     assert bench.bare(stage, source, mesh) > 0
@@ -18,5 +23,14 @@ def test_the_loop_and_a_bare_loop_take_the_same_steps():
     assert len(source.times) == stage.num_steps
 
 
+def test_precisions_are_compared_seed_by_seed(tmp_path):
+    changes = {"loop.progress": False, "loop.tensorboard": False, "only": ("ce",)}
+    table = load("precision").compare("configs/energy_kd.py:smoke", str(tmp_path), changes)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["teacher", "ce"]
+    assert cells[-1] == ["2", "2"]
+
+
 def test_all_are_known_here():
-    assert [path.name for path in FOLDER.glob("*.py")] == ["loop_overhead.py"], "a new benchmark needs a test"
+    known = {"loop_overhead.py", "precision.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == known, "a new benchmark needs a test"
