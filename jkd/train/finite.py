@@ -9,7 +9,6 @@ import numpy as np
 from etils import epath
 
 from jkd.errors import UserError
-from jkd.train.log import jsonable
 from jkd.train.workdir import write_text
 
 
@@ -40,7 +39,8 @@ def non_finite(
     bundle = workdir / "debug" / f"{stage}-step-{t}"
     if jax.process_index() == 0:
         bundle.mkdir(parents=True, exist_ok=True)
-        info = {"stage": stage, "step": t, "metrics": jsonable(metrics), "last_good_step": last_good}
+        found = {name: _json_number(np.asarray(value)) for name, value in metrics.items()}
+        info = {"stage": stage, "step": t, "metrics": found, "last_good_step": last_good}
         write_text(bundle / "info.json", json.dumps(info, indent=2) + "\n")
         for k, source in enumerate(sources):
             if source is not None:
@@ -51,3 +51,8 @@ def non_finite(
         f"Stage {stage!r}, step {t}: {', '.join(names)} is not finite. {good}; batch and metrics of the step are in "
         f"{bundle}. Try a lower learning rate."
     )
+
+
+def _json_number(value: np.ndarray) -> Any:
+    # JSON has no NaN and no infinity: they become "nan" and "inf".
+    return np.where(np.isfinite(value), value.astype(object), value.astype(str)).tolist()
