@@ -25,7 +25,9 @@ test: .venv/.jkd-dev  ## the whole suite, with the slowest tests listed
 
 bench: .venv/.jkd-run  ## the side-by-side benchmarks, one after another
 	@test -n "$(BENCHMARKS)" || { echo "make bench: there is no benchmarks/*.py to run." >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; .venv/bin/python "$$script"; done
+	@set -e; for script in $(BENCHMARKS); do \
+	  echo "== $$script"; .venv/bin/python -m "benchmarks.$$(basename "$$script" .py)"; \
+	done
 
 test-next: .venv-next/.jkd-dev  ## the suite on the newest Python (3.13 or newer) and the newest JAX
 	.venv-next/bin/python -m pytest

@@ -5,7 +5,7 @@ loop calls the very same compiled program on inputs made before, and waits once,
 forth and back, in one process; what is extra is the mean of the paired differences, and
 the goal is met or missed only where their 95 % interval lies on one side of it.
 
-    python benchmarks/loop_overhead.py [--repeats 9]
+    python -m benchmarks.loop_overhead [--repeats 9]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Accuracy and time of bfloat16 training against float32: every seed of every arm of a config, paired.
 
-python benchmarks/precision.py [--config configs/energy_kd.py] [--out runs/precision] [--config.NAME=VALUE ...]
+python -m benchmarks.precision [--config configs/energy_kd.py] [--out runs/precision] [--config.NAME=VALUE ...]
 """
 
 import argparse
