@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jkd.errors import UserError
+from jkd.train.remat import rematerialized
 
 SAVED = ("block", "logits")  # what the models of jkd.nn name with `checkpoint_name`
 
@@ -29,8 +30,8 @@ def value_and_grad(
         gradients are averaged. That is the gradient of the whole batch where the loss is a mean over examples; what
         looks across examples (batch statistics, contrastive losses, a random permutation) sees a part only. Part i
         gets `fold_in(key, i)`, and every n-th example, so that every device has its share of each part.
-      saved: names of the intermediate values (see `jax.ad_checkpoint.checkpoint_name`) that are kept for the
-        backward pass, which computes all others again; None keeps what it needs.
+      saved: names of the intermediate values that are kept for the backward pass, which computes the others again (see
+        `jkd.train.remat.rematerialized`); None keeps all that it needs.
 
     Raises:
       UserError: if `microbatches` is below 1 or does not divide the batch.
@@ -42,10 +43,8 @@ def value_and_grad(
         out = loss_fn(params, batch, key)
         return out if isinstance(out, tuple) else (out, Aux({}))
 
-    if saved is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*saved)
-        with_aux = jax.checkpoint(with_aux, policy=policy)  # type: ignore[assignment]
-    whole = jax.value_and_grad(with_aux, has_aux=True)
+    forward = with_aux if saved is None else rematerialized(with_aux, saved)
+    whole = jax.value_and_grad(forward, has_aux=True)
     return whole if microbatches == 1 else _accumulated(whole, microbatches)
 
 
