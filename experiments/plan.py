@@ -10,6 +10,7 @@ from the config's `data` section. Plans are kept in the user's cache folder.
 
 import dataclasses
 import json
+import math
 import os
 import re
 from typing import Any
@@ -118,13 +119,14 @@ def plan(config: Any, topology: str, console: Any, *, only: str | None = None, c
       TooLarge: if a step does not fit.
       UserError: for a stage, topology or mesh that does not exist, or a batch that the mesh cannot split.
     """
-    names = _planned(cli.experiment(config).stages(config), only)
+    stages = cli.experiment(config).stages(config)
+    names = _planned(stages, only)
     # What is in the folder of a run may change.
     cache = cache and not any(value for name, value in flatten(config.to_dict()).items() if name.endswith("workdir"))
     entries = {name: plan_cache.load(plan_cache.key_of(config, topology, name)) if cache else None for name in names}
     missing = [name for name, entry in entries.items() if entry is None]
     made = {}
-    for stage, devices in _lowered(config, topology, missing):
+    for stage, devices in _lowered(config, topology, stages, missing):
         made[stage.name] = entries[stage.name] = _compile(stage, devices)
         if cache:
             plan_cache.save(plan_cache.key_of(config, topology, stage.name), made[stage.name])
@@ -145,7 +147,7 @@ def _planned(stages: Any, only: str | None) -> list[str]:
     return chosen
 
 
-def _lowered(config: Any, topology: str, names: list[str]) -> Any:
+def _lowered(config: Any, topology: str, stages: Any, names: list[str]) -> Any:
     """Yields (LoweredStage, devices)."""
     import jax
 
@@ -159,7 +161,7 @@ def _lowered(config: Any, topology: str, names: list[str]) -> Any:
     mesh = make_mesh(**config.mesh, devices=devices)
     # A program for devices that are not here cannot be read back from the compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    for stage in lower_stages(cli.experiment(config).stages(config), mesh, only=names, log_every=config.log_every):
+    for stage in lower_stages(stages, mesh, only=names, log_every=config.log_every):
         yield stage, devices
 
 
@@ -198,7 +200,6 @@ def largest_batch(config: Any, topology: str, console: Any, *, only: str | None 
     Raises:
       UserError: as `plan`, for a topology without a limit, or where not even the smallest batch fits.
     """
-    from jkd.train.caches import forget_programs
     from jkd.train.plan import largest_multiple
 
     if topology.startswith("cpu:"):
@@ -214,7 +215,6 @@ def largest_batch(config: Any, topology: str, console: Any, *, only: str | None 
         except TooLarge as error:
             refused[batch_size] = str(error)
         console.print(f"batch_size {batch_size}: {'too large' if batch_size in refused else 'fits'}")
-        forget_programs()
         return batch_size in plans
 
     best = largest_multiple(fits, unit, rows)
@@ -230,13 +230,11 @@ def _unit_and_rows(config: Any, topology: str, only: str | None) -> tuple[int, i
     from jkd.train.mesh import BATCH_AXES, make_mesh
     from jkd.train.topology import topology_devices
 
-    names = _planned(cli.experiment(config).stages(config), only)
     mesh = make_mesh(**config.mesh, devices=topology_devices(topology, config.mesh.slices))
-    unit = 1
-    for axis in BATCH_AXES:
-        unit *= mesh.shape[axis]
+    unit = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     config.batch_size = unit
-    rows = [stage.num_examples for stage, _ in _lowered(config, topology, names)]
+    stages = cli.experiment(config).stages(config)
+    rows = [stage.num_examples for stage, _ in _lowered(config, topology, stages, _planned(stages, only))]
     if not min(rows):
         raise UserError("--largest-batch needs stages that train on batches: one of these has no data.")
     return unit, min(rows)

@@ -180,14 +180,14 @@ def report(compiled: jax.stages.Compiled, devices: Sequence[jax.Device]) -> Plan
 def largest_multiple(fits: Callable[[int], bool], unit: int, most: int) -> int:
     """The largest multiple of `unit`, at most `most`, that `fits`; 0 where none does.
 
-    Searches from above, an eighth of what is left at a time: a program that does not fit is refused in seconds, one
-    that does takes minutes to compile. What it returns was seen to fit, and the next multiple was seen not to (or is
-    above `most`).
+    Searches from above, a quarter of what is left at a time: a program that does not fit is refused in seconds, one
+    that does may take minutes to compile. What it returns was seen to fit, and the next multiple was seen not to (or
+    is above `most`).
     """
     high, low = most // unit + 1, most // unit
     while low and not fits(low * unit):
         high, low = low, low // 2
     while low and high - low > 1:
-        middle = high - max(1, (high - low) // 8)
+        middle = high - max(1, (high - low) // 4)
         low, high = (middle, high) if fits(middle * unit) else (low, middle)
     return low * unit
