@@ -150,6 +150,7 @@ def _planned(stages: Any, only: str | None) -> list[str]:
 def _lowered(config: Any, topology: str, stages: Any, names: list[str]) -> Any:
     """Yields (LoweredStage, devices)."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     from jkd.train.lower import lower_stages
     from jkd.train.mesh import make_mesh
@@ -161,6 +162,7 @@ def _lowered(config: Any, topology: str, stages: Any, names: list[str]) -> Any:
     mesh = make_mesh(**config.mesh, devices=devices)
     # A program for devices that are not here cannot be read back from the compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # heeds the switch even if programs were compiled before
     for stage in lower_stages(stages, mesh, only=names, log_every=config.log_every):
         yield stage, devices
 

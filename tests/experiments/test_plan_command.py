@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 from helpers_experiments import SMOKE
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import plan, plan_cache
 
@@ -21,6 +22,7 @@ def own_caches(tmp_path, monkeypatch):
     kept = jax.config.jax_enable_compilation_cache
     yield tmp_path / "jkd" / "plans"
     jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()
 
 
 def planned(capsys, *argv, topology="cpu:8"):
