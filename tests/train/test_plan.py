@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -47,16 +46,6 @@ def compile_step(step, devices, shard_params=False):
     float32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     params = {"a": float32((D_IN, D_HIDDEN)), "b": float32((D_HIDDEN, D_OUT))}
     return jitted.lower(params, float32((BATCH, D_IN)), float32((BATCH, D_OUT))).compile()
-
-
-@pytest.fixture
-def no_cache():
-    """A program for devices that are not there can be written to the compilation cache but not read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

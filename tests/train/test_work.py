@@ -121,13 +121,9 @@ def test_a_scan_over_micro_batches_costs_what_the_unrolled_step_does():
 
 
 @needs_libtpu
+@pytest.mark.usefixtures("no_cache")
 def test_a_scan_over_micro_batches_on_tpu():
-    kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        check_micro_batches(topology_devices("v5e:2x2"))
-    finally:
-        jax.config.update("jax_enable_compilation_cache", kept)
+    check_micro_batches(topology_devices("v5e:2x2"))
 
 
 LOOPED = """HloModule step, num_partitions=1
