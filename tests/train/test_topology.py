@@ -1,6 +1,9 @@
 """Topologies by name."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +61,36 @@ def test_tpu_topologies(spec, slices, number, kind):
 def test_tpu_layout_that_does_not_exist():
     with pytest.raises(UserError, match="'v5e:3x5' does not exist: .*not divisible"):
         topology_devices("v5e:3x5")
+
+
+COMPILE = """
+import os, time
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jkd.train.topology import topology_devices
+device = topology_devices("v5e:1x1")[0]
+open({mine!r}, "w").close()
+started = time.monotonic()
+while not os.path.exists({other!r}) and time.monotonic() < started + 60:  # both have loaded libtpu
+    time.sleep(0.02)
+x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=SingleDeviceSharding(device))
+print(jax.jit(lambda x: x @ x).lower(x).compile().cost_analysis()["flops"])
+"""
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("alone")
+def test_two_processes_compile_at_once(tmp_path):
+    files = [str(tmp_path / name) for name in "ab"]
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE.format(mine=mine, other=other)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for mine, other in (files, files[::-1])
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in started]
+    for process, (out, err) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, err
+        assert float(out.splitlines()[-1]) == 2 * 128**3
