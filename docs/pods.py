@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import cli  # noqa: E402
 from experiments import plan as planner  # noqa: E402
-from experiments.report import table_console  # noqa: E402
 from jkd import nn  # noqa: E402
 
 CONFIG, STAGE, IMAGES = "configs/energy_kd.py:imagenet", "energy_kd", 64  # images a chip
@@ -45,7 +44,7 @@ class Row:
         """The plan, from the compiler or from what was planned before."""
         changes = {"data.blank": True, "batch_size": IMAGES * self.chips, "mesh.slices": self.slices, **self.changes}
         config = cli.load_config(CONFIG, changes)
-        return planner.plan(config, self.topology, table_console(stderr=True), only=STAGE)[STAGE]
+        return dict(planner.plan(config, self.topology, only=STAGE))[STAGE]
 
 
 TABLES = {
@@ -217,7 +216,7 @@ step takes longer: nothing reaches its peak, and not all of it overlaps.
 
 def main() -> None:
     """Writes the page beside this script."""
-    planner._use_cpu_devices("")
+    planner.use_cpu_devices("")
     plans: dict[str, list[tuple[Row, planner.StagePlan]]] = {}
     for title, rows in TABLES.items():
         plans[title] = []

@@ -6,6 +6,8 @@ Memory, FLOPs and collectives are per device and step; a tpu7x chip is two devic
 the chip's peaks allow. With --largest-batch, batch_size is the largest with which every stage fits into memory. TPU
 topologies need the `tpu` extra (libtpu) on any machine; `cpu:8` needs nothing. No data set is read: only its shape,
 from the config's `data` section. Plans are kept in the user's cache folder.
+
+Some programs overflow the stack of libtpu itself (seen for tpu7x): `ulimit -s unlimited` before the command helps.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from experiments import cli, plan_cache
@@ -35,17 +38,23 @@ def main(argv: list[str] | None = None) -> None:
         if config.mesh.slices not in (1, args.slices):
             raise UserError(f"--slices {args.slices} and mesh.slices={config.mesh.slices} differ: give one of them.")
         config.mesh.slices = args.slices
-    _use_cpu_devices(args.topology)
+    use_cpu_devices(args.topology)
     # With --json the tables go where they are not in its way.
     console = table_console(stderr=args.json)
-    make = largest_batch if args.largest_batch else plan
-    plans = make(config, args.topology, console, only=args.stage, cache=args.cache)
-    show(plans, console)
+    if args.largest_batch:
+        made = largest_batch(config, args.topology, console, only=args.stage, cache=args.cache)
+    else:
+        made = plan(config, args.topology, only=args.stage, cache=args.cache)
+    plans = {}
+    for name, one in made:
+        show(name, one, console)
+        plans[name] = one
     if args.json:
         print(json.dumps({name: one.to_dict() for name, one in plans.items()}, indent=1))
 
 
-def _use_cpu_devices(topology: str) -> None:
+def use_cpu_devices(topology: str) -> None:
+    """Plans on CPU devices, as many as `cpu:8` asks for; only a process that has not used JAX heeds this."""
     import jax
 
     if not os.environ.get("JAX_PLATFORMS"):
@@ -99,40 +108,40 @@ class StagePlan:
         return found if self.searched is None else {**found, "largest_batch": self.searched}
 
 
-def show(plans: dict[str, StagePlan], console: Any) -> None:
-    """Prints the tables of plans."""
-    for name, one in plans.items():
-        cached = " (planned before)" if one.cached else ""
-        console.print(f"[bold]{name}[/bold]: {one.batch_size} images a step{cached}")
-        console.print(one.report.table())
-        if rate := one.images_per_second():
-            each = rate / one.report.num_devices
-            console.print(f"At the bound: {each:,.0f} images/s a device, {rate:,.0f} images/s in all.")
-    for found in [one.searched for one in plans.values() if one.searched][:1]:
+def show(name: str, one: StagePlan, console: Any) -> None:
+    """Prints the tables of a plan."""
+    cached = " (planned before)" if one.cached else ""
+    console.print(f"[bold]{name}[/bold]: {one.batch_size} images a step{cached}")
+    console.print(one.report.table())
+    if rate := one.images_per_second():
+        each = rate / one.report.num_devices
+        console.print(f"At the bound: {each:,.0f} images/s a device, {rate:,.0f} images/s in all.")
+    if found := one.searched:
         console.print(f"Largest batch_size: {found['batch_size']}. {found['refused']}", soft_wrap=True)
 
 
-def plan(config: Any, topology: str, console: Any, *, only: str | None = None, cache: bool = True) -> Any:
-    """The plan of every stage that has steps, or of one: {stage: StagePlan}.
+def plan(config: Any, topology: str, *, only: str | None = None, cache: bool = True) -> Iterator[tuple[str, StagePlan]]:
+    """Yields the plan of every stage that has steps, or of one, by name.
 
     Raises:
       TooLarge: if a step does not fit.
       UserError: for a stage, topology or mesh that does not exist, or a batch that the mesh cannot split.
     """
     stages = cli.experiment(config).stages(config)
-    names = _planned(stages, only)
     # What is in the folder of a run may change.
     cache = cache and not any(value for name, value in flatten(config.to_dict()).items() if name.endswith("workdir"))
-    entries = {name: plan_cache.load(plan_cache.key_of(config, topology, name)) if cache else None for name in names}
-    missing = [name for name, entry in entries.items() if entry is None]
-    made = {}
-    for stage, devices in _lowered(config, topology, stages, missing):
-        made[stage.name] = entries[stage.name] = _compile(stage, devices)
-        if cache:
-            plan_cache.save(plan_cache.key_of(config, topology, stage.name), made[stage.name])
-        if "too_large" in made[stage.name]:
-            break
-    return {name: _stage_plan(name, entry, name not in made) for name, entry in entries.items()}
+    keys = {name: plan_cache.key_of(config, topology, name) for name in _planned(stages, only)}
+    kept = {name: plan_cache.load(key) if cache else None for name, key in keys.items()}
+    for name, entry in kept.items():
+        if entry is not None and "too_large" in entry:
+            _stage_plan(name, entry, cached=True)  # raises, before others are compiled
+    lowered = _lowered(config, topology, stages, [name for name, entry in kept.items() if entry is None])
+    for name, entry in kept.items():
+        if entry is None:
+            made = _compile(*next(lowered))
+            if cache:
+                plan_cache.save(keys[name], made)
+        yield name, _stage_plan(name, entry or made, cached=entry is not None)
 
 
 def _planned(stages: Any, only: str | None) -> list[str]:
@@ -147,7 +156,7 @@ def _planned(stages: Any, only: str | None) -> list[str]:
     return chosen
 
 
-def _lowered(config: Any, topology: str, stages: Any, names: list[str]) -> Any:
+def _lowered(config: Any, topology: str, stages: Any, names: list[str]) -> Iterator[tuple[Any, Any]]:
     """Yields (LoweredStage, devices)."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -184,10 +193,9 @@ def _compile(stage: Any, devices: Any) -> dict[str, Any]:
     return {"report": made.to_dict(), "batch_size": stage.batch_size, "programs": stage.programs}
 
 
-def _stage_plan(name: str, entry: dict[str, Any] | None, cached: bool) -> StagePlan:
+def _stage_plan(name: str, entry: dict[str, Any], *, cached: bool) -> StagePlan:
     from jkd.train.plan import PlanReport
 
-    entry = entry or {}
     if "too_large" in entry:
         raise TooLarge(
             f"The step of stage {name!r} does not fit: {entry['too_large']} Use a smaller batch_size, more devices, or "
@@ -196,8 +204,10 @@ def _stage_plan(name: str, entry: dict[str, Any] | None, cached: bool) -> StageP
     return StagePlan(PlanReport.from_dict(entry["report"]), entry["batch_size"], entry["programs"], cached)
 
 
-def largest_batch(config: Any, topology: str, console: Any, *, only: str | None = None, cache: bool = True) -> Any:
-    """The plans with the largest batch_size with which every stage (or one) fits: {stage: StagePlan}.
+def largest_batch(
+    config: Any, topology: str, console: Any, *, only: str | None = None, cache: bool = True
+) -> Iterator[tuple[str, StagePlan]]:
+    """Yields what `plan` does, with the largest batch_size with which every stage (or one) fits.
 
     Raises:
       UserError: as `plan`, for a topology without a limit, or where not even the smallest batch fits.
@@ -213,7 +223,7 @@ def largest_batch(config: Any, topology: str, console: Any, *, only: str | None 
     def fits(batch_size: int) -> bool:
         config.batch_size = batch_size
         try:
-            plans[batch_size] = plan(config, topology, console, only=only, cache=cache)
+            plans[batch_size] = dict(plan(config, topology, only=only, cache=cache))
         except TooLarge as error:
             refused[batch_size] = str(error)
         console.print(f"batch_size {batch_size}: {'too large' if batch_size in refused else 'fits'}")
@@ -224,7 +234,8 @@ def largest_batch(config: Any, topology: str, console: Any, *, only: str | None 
         raise UserError(f"Not even batch_size={unit}, the smallest that the mesh can split, fits. {refused[unit]}")
     why = refused.get(best + unit, f"All {rows} training rows are fewer than {best + unit}.")
     searched = {"batch_size": best, "next": best + unit, "refused": why}
-    return {name: dataclasses.replace(one, searched=searched) for name, one in plans[best].items()}
+    for name, one in plans[best].items():
+        yield name, dataclasses.replace(one, searched=searched)
 
 
 def _unit_and_rows(config: Any, topology: str, only: str | None) -> tuple[int, int]:
