@@ -11,7 +11,7 @@ from jkd.errors import UserError
 from jkd.train.processes import on_chief
 
 # These fields say how a run is executed, not what it computes: they may change between restarts.
-EXECUTION_FIELDS = ("mesh", "loop")
+EXECUTION_FIELDS = ("mesh", "loop", "data.data_dir")
 
 
 def folder_of(path: str | os.PathLike) -> epath.Path:
@@ -32,8 +32,13 @@ def folder_of(path: str | os.PathLike) -> epath.Path:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides what a run computes."""
-    return {name: value for name, value in config.items() if name not in EXECUTION_FIELDS}
+    """The fields of a config, by dotted name, that decide what a run computes."""
+    return {name: value for name, value in flatten(config).items() if not is_execution(name)}
+
+
+def is_execution(name: str) -> bool:
+    """Whether a field, by dotted name, says how a run is executed."""
+    return any(f"{name}.".startswith(f"{field}.") for field in EXECUTION_FIELDS)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,7 +120,7 @@ def disclaim(workdir: epath.Path) -> None:
 
 
 def _check_same(workdir: epath.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    old, new = flatten(identity(there)), flatten(identity(here))
+    old, new = identity(there), identity(here)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if changed:
         shown = ", ".join(f"{n} was {old.get(n, 'absent')} and is {new.get(n, 'absent')}" for n in changed[:3])
