@@ -1,35 +1,48 @@
-"""Compiles the steps of a config for a topology that is not here, and prints what they need.
+"""Compiles the steps of a config for a topology that is not here, and prints what they need and how fast they could be.
 
     python -m experiments.plan --config configs/energy_kd.py:imagenet --topology v5e:16x16 [--slices 2]
 
-Memory, FLOPs and collectives are per device and step. TPU topologies need the `tpu` extra (libtpu) on any machine;
-`cpu:8` needs nothing. No data set is read: only its shape, from the config's `data` section.
+Memory, FLOPs and collectives are per device and step; a tpu7x chip is two devices. The roofline is the least time that
+the chip's peaks allow. With --largest-batch, batch_size is the largest with which every stage fits into memory. TPU
+topologies need the `tpu` extra (libtpu) on any machine; `cpu:8` needs nothing. No data set is read: only its shape,
+from the config's `data` section. Plans are kept in the user's cache folder.
 """
 
+import dataclasses
 import json
+import math
 import os
 import re
 from typing import Any
 
-from experiments import cli
+from experiments import cli, plan_cache
 from experiments.report import table_console
 from jkd.errors import UserError, unknown
+from jkd.train.workdir import flatten
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__, processes=False)
     parser.add_argument("--topology", required=True, metavar="NAME:LAYOUT", help="v5e:16x16, v4:2x2x4, cpu:8, ...")
-    parser.add_argument("--slices", type=int, default=1, help="TPU slices joined by the data-center network")
+    parser.add_argument("--slices", type=int, help="TPU slices joined by the data-center network")
     parser.add_argument("--stage", help="only this stage")
+    parser.add_argument("--largest-batch", action="store_true", help="search the largest batch_size that fits")
+    parser.add_argument("--no-cache", dest="cache", action="store_false", help="compile again what was planned before")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args, overrides = cli.parse(parser, argv)
     config = cli.load_config(args.config, {**overrides, "data.blank": True})
+    if args.slices is not None:
+        if config.mesh.slices not in (1, args.slices):
+            raise UserError(f"--slices {args.slices} and mesh.slices={config.mesh.slices} differ: give one of them.")
+        config.mesh.slices = args.slices
     _use_cpu_devices(args.topology)
     # With --json the tables go where they are not in its way.
     console = table_console(stderr=args.json)
-    reports = plan(config, args.topology, console, slices=args.slices, only=args.stage)
+    make = largest_batch if args.largest_batch else plan
+    plans = make(config, args.topology, console, only=args.stage, cache=args.cache)
+    show(plans, console)
     if args.json:
-        print(json.dumps({name: {**r.to_dict(), **more} for name, (r, more) in reports.items()}, indent=1))
+        print(json.dumps({name: one.to_dict() for name, one in plans.items()}, indent=1))
 
 
 def _use_cpu_devices(topology: str) -> None:
@@ -45,43 +58,188 @@ def _use_cpu_devices(topology: str) -> None:
             return
 
 
-def plan(config: Any, topology: str, console: Any, *, slices: int = 1, only: str | None = None) -> dict[str, Any]:
-    """Compiles and prints every stage's step: {stage: (PlanReport, {"batch_size", "programs_per_step"})}."""
+class TooLarge(UserError):
+    """A step that does not fit into the memory of a device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """The plan of one stage's step.
+
+    Attributes:
+      report: a `jkd.train.plan.PlanReport`.
+      batch_size: images in one call of the program.
+      programs: how often the program is called in one step.
+      cached: whether it was made before.
+      searched: of `largest_batch`: {"batch_size", "next", "refused"}: the next candidate, and why it is none.
+    """
+
+    report: Any
+    batch_size: int
+    programs: int
+    cached: bool
+    searched: dict[str, Any] | None = None
+
+    def images_per_second(self) -> float | None:
+        """Of the whole topology at the bound of the roofline; None where the chip is not known."""
+        roofline = self.report.roofline()
+        return 1e3 * self.batch_size / roofline.total if roofline and roofline.total else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        rate = self.images_per_second()
+        rates = None if rate is None else {"total": rate, "per_device": rate / self.report.num_devices}
+        found = {
+            **self.report.to_dict(),
+            "batch_size": self.batch_size,
+            "programs_per_step": self.programs,
+            "images_per_second": rates,
+            "cached": self.cached,
+        }
+        return found if self.searched is None else {**found, "largest_batch": self.searched}
+
+
+def show(plans: dict[str, StagePlan], console: Any) -> None:
+    """Prints the tables of plans."""
+    for name, one in plans.items():
+        cached = " (planned before)" if one.cached else ""
+        console.print(f"[bold]{name}[/bold]: {one.batch_size} images a step{cached}")
+        console.print(one.report.table())
+        if rate := one.images_per_second():
+            each = rate / one.report.num_devices
+            console.print(f"At the bound: {each:,.0f} images/s a device, {rate:,.0f} images/s in all.")
+    for found in [one.searched for one in plans.values() if one.searched][:1]:
+        console.print(f"Largest batch_size: {found['batch_size']}. {found['refused']}", soft_wrap=True)
+
+
+def plan(config: Any, topology: str, console: Any, *, only: str | None = None, cache: bool = True) -> Any:
+    """The plan of every stage that has steps, or of one: {stage: StagePlan}.
+
+    Raises:
+      TooLarge: if a step does not fit.
+      UserError: for a stage, topology or mesh that does not exist, or a batch that the mesh cannot split.
+    """
+    stages = cli.experiment(config).stages(config)
+    names = _planned(stages, only)
+    # What is in the folder of a run may change.
+    cache = cache and not any(value for name, value in flatten(config.to_dict()).items() if name.endswith("workdir"))
+    entries = {name: plan_cache.load(plan_cache.key_of(config, topology, name)) if cache else None for name in names}
+    missing = [name for name, entry in entries.items() if entry is None]
+    made = {}
+    for stage, devices in _lowered(config, topology, stages, missing):
+        made[stage.name] = entries[stage.name] = _compile(stage, devices)
+        if cache:
+            plan_cache.save(plan_cache.key_of(config, topology, stage.name), made[stage.name])
+        if "too_large" in made[stage.name]:
+            break
+    return {name: _stage_plan(name, entry, name not in made) for name, entry in entries.items()}
+
+
+def _planned(stages: Any, only: str | None) -> list[str]:
+    from jkd.train.lower import has_steps
+
+    names = [stage.name for stage in stages if has_steps(stage)]
+    if only is not None and only not in [stage.name for stage in stages]:
+        raise unknown("stage", only, names)
+    chosen = names if only is None else [name for name in names if name == only]
+    if not chosen:
+        raise UserError(f"There is nothing to plan: {only or 'no stage'} has no steps of its own.")
+    return chosen
+
+
+def _lowered(config: Any, topology: str, stages: Any, names: list[str]) -> Any:
+    """Yields (LoweredStage, devices)."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     from jkd.train.lower import lower_stages
     from jkd.train.mesh import make_mesh
-    from jkd.train.plan import report, topology_devices
+    from jkd.train.topology import topology_devices
 
-    devices = topology_devices(topology, slices)
-    mesh = make_mesh(**{**config.mesh, "slices": slices}, devices=devices)
-    stages = cli.experiment(config).stages(config)
-    if only and only not in [s.name for s in stages]:
-        raise unknown("stage", only, [s.name for s in stages])
+    if not names:
+        return
+    devices = topology_devices(topology, config.mesh.slices)
+    mesh = make_mesh(**config.mesh, devices=devices)
     # A program for devices that are not here cannot be read back from the compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    found = {}
-    for stage in lower_stages(stages, mesh, only=only, log_every=config.log_every):
-        made = report(_compile(stage), devices)
-        console.print(f"[bold]{stage.name}[/bold]: {stage.batch_size} images a step on {len(devices)} devices")
-        console.print(made.table())
-        found[stage.name] = (made, {"batch_size": stage.batch_size, "programs_per_step": stage.programs})
-    return found
+    compilation_cache.reset_cache()  # heeds the switch even if programs were compiled before
+    for stage in lower_stages(stages, mesh, only=names, log_every=config.log_every):
+        yield stage, devices
 
 
-def _compile(stage: Any) -> Any:
+def _compile(stage: Any, devices: Any) -> dict[str, Any]:
+    """A plan as it is kept: {"report", "batch_size", "programs"}, or {"too_large": why}."""
     import jax
 
+    from jkd.train.plan import report
+
     try:
-        return stage.lowered.compile()
+        made = report(stage.lowered.compile(), devices)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        line = str(error).splitlines()[0]
-        raise UserError(
-            f"The step of stage {stage.name!r} does not fit: {line} Use a smaller batch_size, more devices, or "
+        return {"too_large": str(error).splitlines()[0]}
+    if made.hbm_limit and made.total > made.hbm_limit:
+        return {"too_large": f"it needs {made.total} bytes of {made.hbm_limit}."}
+    return {"report": made.to_dict(), "batch_size": stage.batch_size, "programs": stage.programs}
+
+
+def _stage_plan(name: str, entry: dict[str, Any] | None, cached: bool) -> StagePlan:
+    from jkd.train.plan import PlanReport
+
+    entry = entry or {}
+    if "too_large" in entry:
+        raise TooLarge(
+            f"The step of stage {name!r} does not fit: {entry['too_large']} Use a smaller batch_size, more devices, or "
             "mesh.fsdp to split parameters and optimizer states."
-        ) from error
+        )
+    return StagePlan(PlanReport.from_dict(entry["report"]), entry["batch_size"], entry["programs"], cached)
+
+
+def largest_batch(config: Any, topology: str, console: Any, *, only: str | None = None, cache: bool = True) -> Any:
+    """The plans with the largest batch_size with which every stage (or one) fits: {stage: StagePlan}.
+
+    Raises:
+      UserError: as `plan`, for a topology without a limit, or where not even the smallest batch fits.
+    """
+    from jkd.train.plan import largest_multiple
+
+    if topology.startswith("cpu:"):
+        raise UserError(f"--largest-batch needs a TPU topology: {topology!r} has no limit of memory.")
+    unit, rows = _unit_and_rows(config, topology, only)
+    plans: dict[int, Any] = {}
+    refused: dict[int, str] = {}
+
+    def fits(batch_size: int) -> bool:
+        config.batch_size = batch_size
+        try:
+            plans[batch_size] = plan(config, topology, console, only=only, cache=cache)
+        except TooLarge as error:
+            refused[batch_size] = str(error)
+        console.print(f"batch_size {batch_size}: {'too large' if batch_size in refused else 'fits'}")
+        return batch_size in plans
+
+    best = largest_multiple(fits, unit, rows)
+    if not best:
+        raise UserError(f"Not even batch_size={unit}, the smallest that the mesh can split, fits. {refused[unit]}")
+    why = refused.get(best + unit, f"All {rows} training rows are fewer than {best + unit}.")
+    searched = {"batch_size": best, "next": best + unit, "refused": why}
+    return {name: dataclasses.replace(one, searched=searched) for name, one in plans[best].items()}
+
+
+def _unit_and_rows(config: Any, topology: str, only: str | None) -> tuple[int, int]:
+    """What every batch_size is a multiple of, and the number of training rows."""
+    from jkd.train.mesh import BATCH_AXES, make_mesh
+    from jkd.train.topology import topology_devices
+
+    mesh = make_mesh(**config.mesh, devices=topology_devices(topology, config.mesh.slices))
+    unit = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    config.batch_size = unit
+    stages = cli.experiment(config).stages(config)
+    rows = [stage.num_examples for stage, _ in _lowered(config, topology, stages, _planned(stages, only))]
+    if not min(rows):
+        raise UserError("--largest-batch needs stages that train on batches: one of these has no data.")
+    return unit, min(rows)
 
 
 if __name__ == "__main__":

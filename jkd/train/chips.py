@@ -17,6 +17,8 @@ class Chip:
       hbm_gib: memory of a device that a program may fill, as the compiler states it; 0 where it is not known.
       example: a topology that exists; "" for what cannot be planned for.
       options: what a description of the topology needs besides its name.
+      dcn_bandwidth: bytes/s that a device sends to other slices over the data-center network; 0 where the maker does
+        not say.
     """
 
     kind: str
@@ -27,14 +29,17 @@ class Chip:
     hbm_gib: float = 0.0
     example: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dcn_bandwidth: float = 0.0
 
 
+# Google Cloud's pages of each TPU. They give links in both directions, halved here, and the network of a v5e as that
+# of a pod; those of v4 come from its pod's all-reduce bandwidth, 1.1 PB/s over 4,096 chips.
 TPUS = {
-    "v4": Chip("TPU v4", 275e12, 1.228e12, 300e9, 1, 30.75, "v4:2x2x4", {"chip_config_name": "megacore"}),
-    "v5e": Chip("TPU v5 lite", 197e12, 0.819e12, 200e9, 1, 15.75, "v5e:16x16"),
-    "v5p": Chip("TPU v5", 459e12, 2.765e12, 600e9, 1, 95.74, "v5p:4x4x4"),
-    "v6e": Chip("TPU v6 lite", 918e12, 1.64e12, 448e9, 1, 31.25, "v6e:16x16"),
-    "tpu7x": Chip("TPU7x", 2307e12 / 2, 7.38e12 / 2, 600e9 / 2, 2, 94.75, "tpu7x:4x4x4"),
+    "v4": Chip("TPU v4", 275e12, 1.2e12, 270e9, 1, 30.75, "v4:2x2x4", {"chip_config_name": "megacore"}),
+    "v5e": Chip("TPU v5 lite", 197e12, 0.819e12, 200e9, 1, 15.75, "v5e:16x16", dcn_bandwidth=6.4e12 / 8 / 256),
+    "v5p": Chip("TPU v5", 459e12, 2.765e12, 600e9, 1, 95.74, "v5p:4x4x4", dcn_bandwidth=50e9 / 8),
+    "v6e": Chip("TPU v6 lite", 918e12, 1.638e12, 400e9, 1, 31.25, "v6e:16x16", dcn_bandwidth=100e9 / 8),
+    "tpu7x": Chip("TPU7x", 1153.5e12, 3.69e12, 300e9, 2, 94.75, "tpu7x:4x4x4", dcn_bandwidth=50e9 / 8),
 }
 GPUS = (
     Chip("NVIDIA A100", 312e12, 2.039e12, 300e9),

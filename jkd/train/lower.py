@@ -1,7 +1,7 @@
 """Lowering the steps of a run for any mesh without running anything: what plans are made from."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jkd.train.checkpoint import is_key
 from jkd.train.ensemble import previous_of, stack
 from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, tree_shardings
 from jkd.train.passes import batch_axis
-from jkd.train.program import abstract, crossed_shapes, plan_stage, split_key, step_program
+from jkd.train.program import Plan, abstract, crossed_shapes, plan_stage, split_key, step_program
 from jkd.train.stage import Outcome, Stage, check_stages
 
 
@@ -26,18 +26,25 @@ class LoweredStage(NamedTuple):
       lowered: its step, for the mesh.
       batch_size: of the global batch, all members of a vectorized ensemble counted; 0 without data.
       programs: how often the loop calls the program in one step (the members of a looped ensemble).
+      num_examples: rows that the stage trains on; 0 without data.
     """
 
     name: str
     lowered: Any
     batch_size: int
     programs: int
+    num_examples: int
 
 
 def lower_stages(
-    stages: Sequence[Stage], mesh: Mesh, *, only: str | None = None, rules: Rules = DEFAULT_RULES, log_every: int = 50
+    stages: Sequence[Stage],
+    mesh: Mesh,
+    *,
+    only: Collection[str] | None = None,
+    rules: Rules = DEFAULT_RULES,
+    log_every: int = 50,
 ) -> Iterator[LoweredStage]:
-    """Lowers the step of every stage that has steps (or of one), exactly as `run` would jit it on this mesh.
+    """Lowers the step of every stage that has steps (or of some), exactly as `run` would jit it on this mesh.
 
     Nothing is trained: earlier stages' outcomes and the rows of sweeps are zeros of the right shapes, and
     `prepare` runs on them.
@@ -52,17 +59,24 @@ def lower_stages(
         if stage.looped:
             one_key, one_previous = key[0], previous_of(previous, 0, stage.members)
             one_consts = jax.tree.map(lambda x: x[0], consts)
-        lowered, published = _lower(stage, one_key, one_previous, one_consts, mesh, rules, log_every)
+        source = stage.data(one_consts)
+        plan = plan_stage(stage, source, split_key(one_key)[1], one_previous, one_consts, mesh, rules)
+        if has_steps(stage) and (only is None or stage.name in only):
+            yield _lower(stage, source, plan, one_key, mesh, rules, log_every)
+        published = _zeros(jax.eval_shape(stage.publish, plan.carry.state))
         if stage.looped:
             published = _repeated(published, stage.members)
         snapshots = dict.fromkeys(stage.snapshots, published)
         outcomes[stage.name] = Outcome(published, snapshots, consts, {}, stage.members)
-        if lowered is not None and only in (None, stage.name):
-            yield lowered
 
 
-def _needed(stages: Sequence[Stage], only: str | None) -> list[Stage]:
-    wanted = {s.name for s in stages} if only is None else {only}
+def has_steps(stage: Stage) -> bool:
+    """Whether there is a program to plan for."""
+    return bool(stage.num_steps) and stage.step is not None
+
+
+def _needed(stages: Sequence[Stage], only: Collection[str] | None) -> list[Stage]:
+    wanted = {s.name for s in stages} if only is None else set(only)
     for stage in reversed(stages):
         if stage.name in wanted:
             wanted |= set(stage.needs)
@@ -99,31 +113,24 @@ def _blank_sweep(fn: Callable, args: Any, source: Any, key: jax.Array | None = N
     return jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), rows)
 
 
-def _lower(
-    stage: Stage, key: Any, previous: Any, consts: Any, mesh: Mesh, rules: Rules, log_every: int
-) -> tuple[LoweredStage | None, Any]:
-    _, init_key, step_key = split_key(key)
-    source = stage.data(consts)
-    plan = plan_stage(stage, source, init_key, previous, consts, mesh, rules)
-    published = _zeros(jax.eval_shape(stage.publish, plan.carry.state))
-    if not stage.num_steps or stage.step is None:
-        return None, published
-    axis, assemble, images = 0, None, 0
+def _lower(stage: Stage, source: Any, plan: Plan, key: Any, mesh: Mesh, rules: Rules, log_every: int) -> LoweredStage:
+    axis, assemble, images, examples = 0, None, 0, 0
     if source is not None:
         check_batch_size(source.batch_size, mesh)
-        axis, assemble = batch_axis(source), source.assemble
+        axis, assemble, examples = batch_axis(source), source.assemble, source.num_examples
         images = source.batch_size * (stage.members if stage.members and not stage.looped else 1)
     whole = NamedSharding(mesh, P())
-    program = step_program(stage.step, assemble, axis, log_every, mesh, tuple(rules))
+    step_key = split_key(key)[2]
+    program = step_program(stage.step, assemble, axis, log_every, mesh, tuple(rules))  # type: ignore[arg-type]
     lowered = program.lower(
         plan.carry,
         plan.crossed,
-        _laid_out(abstract(consts), tree_shardings(consts, mesh, rules)),
+        _laid_out(abstract(plan.consts), tree_shardings(plan.consts, mesh, rules)),
         plan.resident and _laid_out(plan.resident, jax.tree.map(lambda x: whole, plan.resident)),
         jax.ShapeDtypeStruct(step_key.shape, step_key.dtype, sharding=whole),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
-    return LoweredStage(stage.name, lowered, images, stage.members if stage.looped else 1), published
+    return LoweredStage(stage.name, lowered, images, stage.members if stage.looped else 1, examples)
 
 
 def _laid_out(shapes: Any, shardings: Any) -> Any:

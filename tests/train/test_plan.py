@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from jkd.errors import UserError
-from jkd.train.plan import Collective, collectives, report, topology_devices
+from jkd.train.collectives import Collective, collectives
+from jkd.train.hlo import Program
+from jkd.train.plan import PlanReport, largest_multiple, report
+from jkd.train.topology import topology_devices
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jkd[tpu]'"
@@ -61,16 +65,8 @@ def cpu_plan():
     return report(compile_step(train_step, devices), devices)
 
 
-def module(body, header="num_partitions=8", before=""):
-    return f"HloModule jit_step, {header}\n\n{before}ENTRY %main (p: f32[]) -> f32[] {{\n{body}\n}}\n"
-
-
-def only(text):
-    (found,) = collectives(text)
-    return found
-
-
-GROUPS = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+def found_in(compiled):
+    return collectives(Program(compiled.as_text()))
 
 
 def test_data_parallel_step_by_hand(cpu_plan):
@@ -87,191 +83,23 @@ def test_data_parallel_step_by_hand(cpu_plan):
 
 
 def test_sharded_parameters_are_gathered():
-    found = {one.kind: one for one in collectives(compile_step(train_step, topology_devices("cpu:4"), True))}
+    found = {one.kind: one for one in found_in(compile_step(train_step, topology_devices("cpu:4"), True))}
     assert found["all-gather"] == Collective("all-gather", "f32", 2, PARAMETER_BYTES, 3 * PARAMETER_BYTES // 4, 4)
 
 
-def test_a_loop_multiplies_its_collectives():
+def test_a_loop_multiplies_its_collectives_and_its_flops():
     devices = topology_devices("cpu:4")
     plan = report(compile_step(repeated_step, devices), devices)
     assert list(plan.loops.values()) == [5]
     assert [(one.count, one.bytes) for one in plan.collectives] == [(5, 5 * PARAMETER_BYTES)]
-
-
-def test_collectives_of_one_shard_map_are_told_apart():
-    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-
-    def exchange(x):  # every collective of a shard_map has the same channel id
-        lax = jax.lax
-        scattered = lax.psum_scatter(x * 2, "b", tiled=True)
-        gathered = lax.all_gather(x * 3, "a", tiled=True)
-        swapped = lax.ppermute(x * 5, "a", [(0, 1), (1, 0)])
-        turned = lax.all_to_all(x * 7, "b", 0, 0, tiled=True)
-        return lax.psum(x, "a"), lax.psum(x * x, "b"), scattered, gathered, swapped, turned
-
-    spec = P(("a", "b"))
-    sharded = jax.shard_map(exchange, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    x = jax.ShapeDtypeStruct((8 * 16, 32), jnp.float32, sharding=NamedSharding(mesh, spec))
-    size = 4 * 16 * 32
-    assert {
-        (one.kind, one.group_size): (one.bytes, one.wire_bytes) for one in collectives(jitted_text(sharded, x))
-    } == {
-        ("all-reduce", 2): (size, size),
-        ("all-reduce", 4): (size, 3 * size // 2),
-        ("reduce-scatter", 4): (size, 3 * size // 4),
-        ("all-gather", 2): (2 * size, size),
-        ("collective-permute", 8): (size, size),
-        ("all-to-all", 4): (size, 3 * size // 4),
-    }
-
-
-def jitted_text(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().as_text()
-
-
-@pytest.mark.parametrize(
-    ("instruction", "expected"),
-    [
-        ("(f32[8,4]{1,0}, /*index=1*/f32[3]{0}) all-reduce(%p, %q)", ("all-reduce", "f32", 140, 210)),
-        ("(f32[8]{0}, bf16[8]{0}) all-reduce(%p, %q)", ("all-reduce", "bf16+f32", 48, 72)),
-        ("(f32[8]{0:T(8,128)S(1)}, f32[8]{0}) all-reduce-start(%p, %q)", ("all-reduce", "f32", 64, 96)),
-        ("(bf16[2,8]{1,0}, bf16[8,8]{1,0:T(8,128)(2,1)}) all-gather-start(%p)", ("all-gather", "bf16", 128, 96)),
-        (
-            "((f32[2], s8[2]), (f32[8], s8[8]), u32[]) all-gather-start(%p, %q)",
-            ("all-gather", "f32+s8", 40, 30),
-        ),
-        ("((f32[8]), f32[2], u32[]) reduce-scatter-start(%p)", ("reduce-scatter", "f32", 32, 24)),
-        ("f32[2]{0} reduce-scatter(%p)", ("reduce-scatter", "f32", 32, 24)),
-        ("(pred[4]{0}, pred[4]{0}) all-to-all(%p, %q)", ("all-to-all", "pred", 8, 6)),
-        ("u4[6]{0} all-gather(%p)", ("all-gather", "u4", 3, 2)),
-    ],
-)
-def test_shapes_of_collectives(instruction, expected):
-    found = only(module(f"  ROOT %x = {instruction}, channel_id=1, {GROUPS}"))
-    assert (found.kind, found.dtype, found.bytes, found.wire_bytes) == expected
-    assert (found.count, found.group_size) == (1, 4)
-
-
-def test_permute_start_and_done_are_one():
-    pairs = "source_target_pairs={{0,1},{1,0},{2,3},{3,2}}"
-    text = module(
-        f"  %s = (f32[8]{{0}}, f32[8]{{0}}, u32[], u32[]) collective-permute-start(%p), channel_id=2, {pairs}\n"
-        "  ROOT %d = f32[8]{0} collective-permute-done(%s)"
-    )
-    assert only(text) == Collective("collective-permute", "f32", 1, 32, 32, 4)
-
-
-@pytest.mark.parametrize(
-    ("groups", "size"),
-    [
-        ("{{0,2},{1,3}}", 2),
-        ("[2,4]<=[8]", 4),
-        ("[4,2]<=[2,2,2]T(2,0,1)", 2),
-        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
-        ("mesh['a'=4,'b'=2] {'a','b'}", 8),
-        ("mesh['a'=8] {'a':(2)4}", 4),
-        ("{}", 8),
-    ],
-)
-def test_forms_of_groups(groups, size):
-    text = module(f"  ROOT %x = f32[8]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%add")
-    assert only(text).group_size == size
-
-
-def test_unknown_text_is_refused():
-    with pytest.raises(ValueError, match="device groups in x"):
-        collectives(module("  ROOT %x = f32[8]{0} all-reduce(%p), replica_groups=new_form"))
-    with pytest.raises(ValueError, match="no ENTRY"):
-        collectives("not a program")
-
-
-COUNTED_LOOP = """
-%body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %c = (s32[], f32[8]{0}) parameter(0)
-  %i = s32[] get-tuple-element(%c), index=0
-  %by = s32[] constant(3)
-  %next = s32[] add(%i, %by)
-  %v = f32[8]{0} get-tuple-element(%c), index=1
-  %r = f32[8]{0} all-reduce(%v), replica_groups={}, to_apply=%add
-  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %r)
-}
-
-%condition (c: (s32[], f32[8])) -> pred[] {
-  %c = (s32[], f32[8]{0}) parameter(0)
-  %i = s32[] get-tuple-element(%c), index=0
-  %end = s32[] constant(11)
-  ROOT %test = pred[] compare(%i, %end), direction=LT
-}
-
-"""
-LOOP = """  %one = s32[] constant(1)
-  %from = s32[] copy(%one)
-  %start = (s32[], f32[8]{0}) tuple(%from, %p)
-  ROOT %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body"""
-
-
-@pytest.mark.parametrize(
-    ("body", "before", "trips"),
-    [
-        (LOOP, COUNTED_LOOP, 4),  # 1, 4, 7, 10
-        (LOOP, COUNTED_LOOP.replace("constant(11)", "constant(1)"), 0),
-        (LOOP, COUNTED_LOOP.replace("direction=LT", "direction=NE"), None),
-        (LOOP, COUNTED_LOOP.replace("add(%i, %by)", "multiply(%i, %by)"), None),
-        (LOOP, COUNTED_LOOP.replace("add(%i, %by)", "add(%elsewhere, %by)"), None),
-        (LOOP, COUNTED_LOOP.replace("constant(11)", "parameter(1)"), None),
-        (LOOP + ', backend_config={"known_trip_count":{"n":"9"}}', COUNTED_LOOP, 9),
-    ],
-)
-def test_trips_without_a_note(body, before, trips):
-    found = collectives(module(body, before=before))
-    count = 1 if trips is None else trips
-    assert sum(one.count for one in found) == count
-    assert sum(one.bytes for one in found) == 32 * count
-
-
-def test_nested_loops_multiply():
-    inner = COUNTED_LOOP.replace("%body", "%inner_body").replace("%condition", "%inner_condition")
-    loop = LOOP.replace("ROOT %loop", "%inner").replace("%body", "%inner_body").replace("=%cond", "=%inner_cond")
-    outer = COUNTED_LOOP.replace("  %r = f32[8]{0} all-reduce(%v), replica_groups={}, to_apply=%add\n", loop + "\n")
-    assert only(module(LOOP, before=inner + outer.replace("tuple(%next, %r)", "tuple(%next, %v)"))).count == 16
-
-
-def test_tpu_repeats_of_one_collective_count_once():
-    gather = "  ROOT %x = bf16[8]{0} all-gather(%p), channel_id=1, replica_groups={}"
-    pieces = [("start", 0), ("carry", 0), ("done", 0), ("start2", 1), ("done2", 1)]
-    before = "".join(
-        f'%{name} (p: f32[]) -> f32[] {{\n{gather}, frontend_attributes={{chain_id="{chain}"}}\n}}\n\n'
-        for name, chain in pieces
-    )
-    calls = "\n".join(f"  %f.{name} = f32[] fusion(%p), kind=kCustom, calls=%{name}" for name, _ in pieces)
-    text = module(f"{calls}\n{gather.replace('%x', '%y')}", before=before)
-    assert only(text).count == 3
-
-
-def test_tpu_fused_reduce_scatter_and_traffic_between_slices():
-    fused = "%all-reduce-scatter.2 (p: f32[]) -> f32[] {\n  ROOT %x = f32[8]{0} all-reduce(%p), channel_id=1, "
-    text = module("  ROOT %f = f32[1]{0} fusion(%p), calls=%all-reduce-scatter.2", before=f"{fused}{GROUPS}\n}}\n\n")
-    assert only(text) == Collective("reduce-scatter", "f32", 1, 32, 24, 4)
-    send = "  %{0} = (f32[8,8]{{1,0:T(8,128)}}, u32[], token[]) send(%p), frontend_attributes={{{1}}}"
-    targets = {
-        "ALL_REDUCE": '"{1,2,3,4}x{0:3}"',
-        "ALL_GATHER": '"{1,2,3,4}x{0:3}"',
-        "ALL_TO_ALL": "{{100000,200000,300000,400000},{100001,200001,300001,400001}}",
-        "ONE_TO_ONE": "{{100000->200000},{200000->100000}}",
-    }
-    attributes = (f'_xla_megascale_target={at},_xla_megascale_transfer_type="{kind}"' for kind, at in targets.items())
-    sends = [send.format(f"s{i}", attribute) for i, attribute in enumerate(attributes)]
-    assert set(collectives(module("\n".join([*sends, "  ROOT %r = f32[] add(%p, %p)"])))) == {
-        Collective("all-reduce", "f32", 1, 256, 384, 4, True),
-        Collective("all-gather", "f32", 1, 1024, 768, 4, True),
-        Collective("all-to-all", "f32", 1, 256, 192, 4, True),
-        Collective("collective-permute", "f32", 1, 256, 256, 2, True),
-    }
+    assert plan.flops == pytest.approx(5 * MATMUL_FLOPS / 4, rel=0.03)
 
 
 def test_report_as_json_and_table(cpu_plan):
     plain = json.loads(cpu_plan.to_json())
     assert plain == cpu_plan.to_dict()
+    assert PlanReport.from_dict(plain) == cpu_plan
+    assert (plain["roofline"], plain["num_devices"], plain["num_chips"]) == (None, 4, None)
     assert plain["collectives"][0]["wire_bytes"] == 3 * PARAMETER_BYTES // 2
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(cpu_plan.table())
@@ -281,52 +109,65 @@ def test_report_as_json_and_table(cpu_plan):
     assert "unknown" in text
 
 
+def made_report(kind, flops=0.0, moved=0.0, sent=0, sent_across=0, devices=8, chips=8):
+    found = (
+        Collective("all-reduce", "f32", 1, sent, sent, 4),
+        Collective("all-reduce", "f32", 1, sent_across, sent_across, 2, across_slices=True),
+    )
+    return PlanReport(devices, chips, kind, 0, 0, 0, 0, 0, 0, 2**34, flops, moved, found, {})
+
+
 @pytest.mark.parametrize(
-    ("spec", "slices", "message"),
+    ("report", "times", "bound"),
     [
-        ("v5x:2x2", 1, "Did you mean 'v5.'.*Known: cpu, tpu7x.*v5e:16x16"),
-        ("v5e", 1, "no valid layout.*v5e:16x16"),
-        ("v5e:0x2", 1, "no valid layout"),
-        ("cpu:two", 1, "no valid layout.*cpu:8"),
-        ("cpu:9", 1, "has 8 CPU devices: set JAX_NUM_CPU_DEVICES=9"),
-        ("cpu:4", 2, "exactly 1 for cpu"),
-        ("v5e:2x2", 0, "at least 1"),
+        # v5e: 197 TFLOP/s, 819 GB/s, 200 GB/s to its slice; 6.4 Tb/s a pod are 3.125 GB/s a chip.
+        (made_report("TPU v5 lite", flops=394e9, moved=0.819e9, sent=100_000_000), (2, 1, 0.5, 0), "compute"),
+        (made_report("TPU v5 lite", moved=4.095e9, sent=200_000_000, sent_across=3125000), (0, 5, 1, 1), "memory"),
+        (made_report("TPU v5 lite", flops=197e9, sent=600_000_000), (1, 0, 3, 0), "network"),
+        (made_report("TPU v5 lite", flops=197e9, sent_across=12500000), (1, 0, 0, 4), "between_slices"),
+        (made_report("TPU7x", flops=2307e9, chips=4), (2, 0, 0, 0), "compute"),  # half a chip's 2,307 TFLOP/s
+        (made_report("TPU v4", flops=275e9, sent_across=10**12), (1, 0, 0, None), "compute"),
     ],
 )
-def test_wrong_topologies(spec, slices, message):
-    with pytest.raises(UserError, match=message):
-        topology_devices(spec, slices)
+def test_rooflines_by_hand(report, times, bound):
+    found = report.roofline()
+    names = ("compute", "memory", "network", "between_slices")
+    assert tuple(getattr(found, name) for name in names) == tuple(
+        time if time is None else pytest.approx(time) for time in times
+    )
+    assert (found.bound, found.total) == (bound, getattr(found, bound))
 
 
-def test_without_libtpu(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(UserError, match=r"pip install 'jkd\[tpu\]'"):
-        topology_devices("v5e:2x2")
+def test_the_table_tells_devices_from_chips_and_marks_the_bound():
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(made_report("TPU7x", flops=2307e9, sent_across=10, chips=4).table())
+    text = console.export_text()
+    assert "8 devices on 4 chips: TPU7x" in text
+    assert "2  <- bound" in text
 
 
-@needs_libtpu
-@pytest.mark.parametrize(
-    ("spec", "slices", "number", "kind"),
-    [
-        ("v4:2x2x4", 1, 16, "TPU v4"),
-        ("v5e:16x16", 1, 256, "TPU v5 lite"),
-        ("v5e:1x1", 1, 1, "TPU v5 lite"),
-        ("v5e:2x2", 3, 12, "TPU v5 lite"),
-        ("v5p:4x4x4", 1, 64, "TPU v5"),
-        ("v6e:2x4", 1, 8, "TPU v6 lite"),
-        ("tpu7x:2x2x1", 1, 8, "TPU7x"),
-    ],
-)
-def test_tpu_topologies(spec, slices, number, kind):
-    devices = topology_devices(spec, slices)
-    assert (len(devices), {device.device_kind for device in devices}) == (number, {kind})
+@given(best=st.integers(0, 40), most=st.integers(1, 250), unit=st.sampled_from([1, 4, 6]))
+def test_the_largest_multiple_is_exact(best, most, unit):
+    asked = []
+
+    def fits(size):
+        asked.append(size)
+        return size <= best * unit
+
+    found = largest_multiple(fits, unit, most)
+    assert found == min(best, most // unit) * unit
+    assert all(size % unit == 0 and 0 < size <= most for size in asked)
+    assert len(set(asked)) == len(asked)
+    if found:
+        assert found in asked
+        assert found + unit in asked or found + unit > most
 
 
-@needs_libtpu
-def test_tpu_layout_that_does_not_exist():
-    with pytest.raises(UserError, match="'v5e:3x5' does not exist: .*not divisible"):
-        topology_devices("v5e:3x5")
+def test_the_search_comes_from_above():
+    asked = []
+    assert largest_multiple(lambda size: asked.append(size) or size <= 100, 1, 1000) == 100
+    assert asked[:4] == [1000, 500, 250, 125]
+    assert sum(size <= 100 for size in asked) <= 4  # those that are compiled to the end
 
 
 @needs_libtpu
@@ -346,7 +187,8 @@ def test_loops_and_sharded_parameters_on_tpu():
     plan = report(compile_step(repeated_step, devices), devices)
     assert list(plan.loops.values()) == [5]
     assert [(one.count, one.bytes) for one in plan.collectives] == [(5, 5 * PARAMETER_BYTES)]
-    found = {one.kind: one for one in collectives(compile_step(train_step, devices, True))}
+    assert plan.flops == pytest.approx(5 * MATMUL_FLOPS / 4, rel=0.03)
+    found = {one.kind: one for one in found_in(compile_step(train_step, devices, True))}
     assert found["reduce-scatter"].wire_bytes == 3 * PARAMETER_BYTES // 4
     assert (found["all-gather"].count, found["all-gather"].dtype) == (2, "bf16")
     assert found["all-gather"].bytes == PARAMETER_BYTES // 2
@@ -361,6 +203,6 @@ def test_gradients_cross_slices_on_tpu():
     kept = NamedSharding(mesh, P())
     jitted = jax.jit(lambda x: x.T @ x, in_shardings=rows, out_shardings=kept)
     compiled = jitted.lower(jax.ShapeDtypeStruct((1024, 512), jnp.float32)).compile()
-    across = [one for one in collectives(compiled) if one.across_slices]
+    across = [one for one in found_in(compiled) if one.across_slices]
     # Each device exchanges the quarter which its slice has reduced for it.
     assert [(one.kind, one.bytes, one.group_size) for one in across] == [("all-reduce", 4 * 512 * 512 // 4, 2)]
