@@ -93,9 +93,13 @@ def claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
     return bool(on_chief(lambda: _claim(workdir, config)))
 
 
-def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
-    known = workdir / "config.json"
-    fresh = not known.exists()
+def check_claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
+    """Whether `workdir` is nobody's, without writing anything; otherwise it is this config's.
+
+    Raises:
+      UserError: if it holds other files, or belongs to another config.
+    """
+    fresh = not (workdir / "config.json").exists()
     if not fresh:
         _check_same(workdir, read_config(workdir), json.loads(json.dumps(config, default=str)))
     elif workdir.exists() and not workdir.is_dir():
@@ -104,9 +108,14 @@ def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
         raise UserError(
             f"The workdir {workdir} is not empty and holds no config.json of a run; give a new or empty folder."
         )
+    return fresh
+
+
+def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
+    fresh = check_claim(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(known, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        write_text(workdir / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
     return fresh
