@@ -4,7 +4,7 @@
     python -m experiments.export --workdir runs/energy_kd --stage kd --format safetensors --output kd.safetensors
 
 stablehlo: a program uint8[b, height, width, channels] -> {"logits", "probabilities", "pool"} for any b, of one seed,
-    with normalization and parameters inside. It needs jax alone: see jkd/interop/stablehlo.py.
+    with normalization and parameters inside. It needs jax and flatbuffers: see jkd/interop/stablehlo.py.
 safetensors: the variables by path (params/head/kernel) of one seed, or of all with a leading axis (--seed all).
     A later run starts from it by --config.student.init_from=kd.safetensors.
 

@@ -38,7 +38,7 @@ DTYPES = {
 }
 
 
-def save_safetensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+def save_safetensors(path: str | os.PathLike, tree: Any, metadata: Mapping[str, str] | None = None) -> None:
     """Writes nested dicts of arrays as one new file, bit for bit.
 
     Args:
@@ -57,7 +57,7 @@ def save_safetensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[s
     empty = [name for name, leaf in leaves.items() if leaf is None]
     arrays = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     more = {"empty": json.dumps(empty)} if empty else {}
-    data = numpy_format.save(arrays, {**(metadata or {}), **more})
+    data = numpy_format.save(arrays, {**(metadata or {}), **more} or None)
     temporary = file.parent / f".{file.name}.tmp"
     temporary.write_bytes(data)
     temporary.replace(file)

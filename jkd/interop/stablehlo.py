@@ -1,6 +1,7 @@
 """Predictors as StableHLO programs that run without the code of their model.
 
-A consumer needs jax alone, of about the same age (`jax.export` keeps programs of the last six months readable):
+A consumer needs jax and flatbuffers alone, and a jax that is at most six months younger than the writer's (`jax.export`
+promises no more):
 
     import jax.export, numpy as np
     program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
@@ -20,6 +21,7 @@ from jkd.errors import UserError, unknown
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
+MISSING = "Programs are written and read with the flatbuffers package: pip install 'jkd[export]'."
 
 
 def export_predictor(
@@ -59,13 +61,17 @@ def save_stablehlo(path: str | os.PathLike, exported: jax.export.Exported) -> No
     """Writes a program as one new file.
 
     Raises:
-      UserError: if the file exists.
+      UserError: if the file exists, or the package that writes it is missing.
     """
     file = epath.Path(path)
     if file.exists():
         raise UserError(f"{path} exists already and is not overwritten.")
+    try:
+        data = bytes(exported.serialize())
+    except ImportError as error:
+        raise UserError(MISSING) from error
     temporary = file.parent / f".{file.name}.tmp"
-    temporary.write_bytes(bytes(exported.serialize()))
+    temporary.write_bytes(data)
     temporary.replace(file)
 
 
@@ -77,6 +83,8 @@ def load_stablehlo(path: str | os.PathLike) -> jax.export.Exported:
     """
     try:
         return jax.export.deserialize(bytearray(epath.Path(path).read_bytes()))
+    except ImportError as error:
+        raise UserError(MISSING) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # what flatbuffers raises is of many kinds
