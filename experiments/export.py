@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--platforms is for programs: --format stablehlo.")
     platforms = tuple((args.platforms or ",".join(stablehlo.DEFAULT_PLATFORMS)).split(","))
     says = export(config, args.workdir, args.stage, args.format, output, args.seed, platforms)
-    console.print(f"Wrote {args.stage} of {args.workdir} to {output}, {output.stat().length:,} bytes; {says}.")
+    size = f"{output.stat().length:,} bytes"
+    console.print(f"Wrote {args.stage} of {args.workdir} to {output}, {size}; {says}.", soft_wrap=True)
 
 
 def export(

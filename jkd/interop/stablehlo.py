@@ -3,8 +3,8 @@
 A consumer needs jax and flatbuffers alone, and a jax that is at most six months younger than the writer's (`jax.export`
 promises no more):
 
-    import jax.export, numpy as np
-    program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
+    import pathlib, jax.export, numpy as np
+    program = jax.export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes()))
     rows = program.call(np.zeros((5, 28, 28, 1), np.uint8))  # any batch size; on a platform of `program.platforms`
 """
 
@@ -17,7 +17,7 @@ import jax.export
 import jax.numpy as jnp
 from etils import epath
 
-from jkd.errors import UserError, unknown
+from jkd.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 DEFAULT_PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,7 +46,7 @@ def export_predictor(
     """
     for name in platforms:
         if name not in PLATFORMS:
-            raise unknown("platform", name, PLATFORMS)
+            raise UserError(f"Unknown platform {name!r}; a program is for some of {', '.join(PLATFORMS)}.")
     if not platforms or len(shape) != 3:
         raise UserError(f"An export needs a platform and images (H, W, C), got {list(platforms)} and {list(shape)}.")
     whole = jax.device_get(variables)
