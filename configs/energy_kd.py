@@ -63,6 +63,8 @@ def network(model: str, lr: float, epochs: float) -> ConfigDict:
     config.lr, config.epochs = lr, epochs
     config.schedule, config.milestones = "cosine", (0,)  # or "steps": tenfold drops after these epochs
     config.momentum, config.weight_decay = 0.9, 5e-4
+    # A warm start: WORKDIR:STAGE or a .safetensors file; rules "regex -> replacement", "regex ->" drops.
+    config.init_from, config.init_rules = "", ()
     return config
 
 

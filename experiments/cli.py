@@ -16,7 +16,7 @@ import ml_collections
 from etils import epath
 
 from jkd.errors import UserError, nearest, unknown
-from jkd.train.workdir import EXECUTION_FIELDS, check_writable, flatten, folder_of, read_config
+from jkd.train.workdir import EXECUTION_FIELDS, check_writable, flatten, folder_of, is_execution, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -75,9 +75,9 @@ def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, A
 
 
 def load_run(
-    workdir: str, overrides: Mapping[str, Any], allowed: Sequence[str] = ("eval_batch_size", "data.data_dir")
+    workdir: str, overrides: Mapping[str, Any], allowed: Sequence[str] = ("eval_batch_size",)
 ) -> ml_collections.ConfigDict:
-    """Loads the config of the run in `workdir`; only `allowed` fields, `mesh` and `loop` may be overridden.
+    """Loads the config of the run in `workdir`; only `allowed` fields and those of execution may be overridden.
 
     Raises:
       UserError: if the folder is not one of a run, or for an override of what the run computed.
@@ -88,11 +88,11 @@ def load_run(
     config = ml_collections.ConfigDict(_with_tuples(read_config(folder)))
     if "method" not in config:
         raise UserError(f"{workdir} is not a run of `python -m experiments.train`: its config.json names no method.")
-    changed = [n for n in overrides if n not in allowed and n.partition(".")[0] not in EXECUTION_FIELDS]
+    changed = [n for n in overrides if n not in allowed and not is_execution(n)]
     for name in sorted(set(changed) & set(flatten(config.to_dict()))):
         raise UserError(
             f"Config field {name!r} decided what this run computed and cannot be changed now; these can: "
-            f"{', '.join((*allowed, *(f'{field}.*' for field in EXECUTION_FIELDS)))}."
+            f"{', '.join((*allowed, *(n if '.' in n else f'{n}.*' for n in EXECUTION_FIELDS)))}."
         )
     apply_overrides(config, overrides)
     return config

@@ -16,9 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import classification as cls
+from experiments.stored import Stored, check_seeds, one_of, stored_stage
 from jkd import distill, metrics, nn, train
 from jkd.errors import UserError, unknown
-from jkd.train.ensemble import member
+from jkd.train.log import console
+from jkd.train.warm import parse_rules
 
 TEACHERS = ("live", "cached")
 
@@ -34,6 +36,7 @@ def selected_arms(config: ConfigDict) -> list[str]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for names that do not exist, and for numbers that nothing could be trained with."""
     cls.member_keys(config)
+    check_warm(config)
     cls.check_numbers(config, "", nonnegative=("eval_epochs",))
     cls.check_numbers(config.teacher, "teacher", positive=("lr", "epochs"))
     cls.check_schedule(config.teacher, "teacher", "teacher.milestones", config.teacher.milestones)
@@ -142,7 +145,8 @@ def train_teacher(setup: Setup, evaluators: Mapping[str, train.Evaluator]) -> tr
         steps,
         prepare=lambda key, previous, sweep: setup.task.draw(key),
         data=lambda consts: setup.task.source(consts, config.batch_size),
-        init=initializer(setup, setup.teacher, optimizer),
+        needs=warm_needs(setup, "teacher"),
+        init=initializer(setup, "teacher", optimizer),
         step=train.ModelStep(loss_fn, optimizer, view),
         publish=lambda state: state.variables,
         evaluators={
@@ -154,30 +158,20 @@ def train_teacher(setup: Setup, evaluators: Mapping[str, train.Evaluator]) -> tr
 
 def load_teacher(setup: Setup) -> train.Stage:
     """A teacher from the finished run in `teacher.workdir`: one for all seeds, or one for each."""
-    config = setup.config
-    outcome = train.load_outcome(config.teacher.workdir, config.teacher.stage)
-    if outcome.members == 1:
-        outcome = dataclasses.replace(member(outcome, 0), members=0)
-    shapes = jax.eval_shape(lambda: nn.init(setup.teacher, jax.random.key(0), setup.task.shape))
-    check_teacher(outcome, shapes, config)
-    return train.Stage(
-        "teacher",
-        0,
-        prepare=lambda key, previous, sweep: {"variables": outcome.published},
-        init=lambda key, previous, consts: consts["variables"],
-        members=outcome.members,
-        key=cls.member_keys(config) if outcome.members else jax.random.key(config.seed),
-    )
+    section = setup.config.teacher
+    check = functools.partial(check_teacher, shapes=variable_shapes(setup, "teacher"), config=setup.config)
+    return stored_stage("teacher", Stored(section.workdir, section.stage), setup.config, check)
+
+
+def variable_shapes(setup: Setup, part: str) -> Any:
+    """The shapes and dtypes of the variables of the config's "teacher" or "student"."""
+    return jax.eval_shape(lambda: nn.init(getattr(setup, part), jax.random.key(0), setup.task.shape))
 
 
 def check_teacher(outcome: train.Outcome, shapes: Any, config: ConfigDict) -> None:
     """Raises UserError unless a stored teacher is the model, and of the classes and seeds, that the config names."""
-    if outcome.members not in (0, config.seeds):
-        raise UserError(
-            f"The teacher in {config.teacher.workdir} has {outcome.members} seeds and the config seeds="
-            f"{config.seeds}: set seeds={outcome.members}, or give a teacher that was trained with seeds=1."
-        )
-    stored = jax.tree.map(lambda x: x.shape[1:] if outcome.members else x.shape, outcome.published)
+    check_seeds(outcome, config, f"The teacher in {config.teacher.workdir}")
+    stored = jax.tree.map(lambda x: x.shape, one_of(outcome))
     wanted = jax.tree.map(lambda x: x.shape, shapes)
     if stored == wanted:
         return
@@ -194,13 +188,70 @@ def _head_sizes(shapes: Any) -> list[int]:
     return [shape[-1] for path, shape in leaves if "head" in str(path)]
 
 
-def initializer(setup: Setup, model: Any, optimizer: Any) -> Callable:
-    """`Stage.init` of one model."""
+def initializer(setup: Setup, part: str, optimizer: Any) -> Callable:
+    """`Stage.init` of the "teacher" or a "student"."""
 
     def init(key: jax.Array, previous: Any, consts: Any) -> train.TrainState:
-        return train.create_state(nn.init(model, key, setup.task.shape), optimizer)
+        variables = nn.init(getattr(setup, part), key, setup.task.shape)
+        return train.create_state(warmed(setup, part, variables, previous), optimizer)
 
     return init
+
+
+# --- warm starts ---
+
+
+def warm_parts(config: ConfigDict) -> list[str]:
+    """Those of "teacher" and "student" that start from stored variables, `init_from`."""
+    trained = {"teacher": not config.teacher.workdir, "student": bool(selected_arms(config))}
+    return [part for part, trains in trained.items() if trains and config[part].init_from]
+
+
+def warm_stages(setup: Setup) -> list[train.Stage]:
+    """The stages "init_teacher" and "init_student", where the config asks for them: they hold what to start from."""
+    return [_warm_stage(setup, part) for part in warm_parts(setup.config)]
+
+
+def warm_needs(setup: Setup, part: str) -> tuple[str, ...]:
+    """What a stage that trains the "teacher" or a "student" needs for its start."""
+    return (f"init_{part}",) if part in warm_parts(setup.config) else ()
+
+
+def warmed(setup: Setup, part: str, variables: Any, previous: Mapping[str, train.Outcome]) -> Any:
+    """Initialized variables, or what they are after the warm start."""
+    for name in warm_needs(setup, part):
+        rules = parse_rules(setup.config[part].init_rules)
+        variables, _ = train.warm_start(variables, previous[name].published, rules)
+    return variables
+
+
+def check_warm(config: ConfigDict) -> None:
+    """Raises UserError for warm starts that cannot be read, before any data is."""
+    for part in ("teacher", "student"):
+        parse_rules(config[part].init_rules)
+        if config[part].init_from:
+            Stored.parse(config[part].init_from, f"{part}.init_from")
+    if config.teacher.workdir and config.teacher.init_from:
+        raise UserError("teacher.workdir gives a finished teacher, which takes no teacher.init_from: leave one out.")
+
+
+def _warm_stage(setup: Setup, part: str) -> train.Stage:
+    section, shapes = setup.config[part], variable_shapes(setup, part)
+    stored = Stored.parse(section.init_from, f"{part}.init_from")
+
+    def check(outcome: train.Outcome) -> Any:
+        check_seeds(outcome, setup.config, str(stored))
+        return train.warm_start(shapes, one_of(outcome), parse_rules(section.init_rules))[1]
+
+    def say(outcome: train.Outcome) -> None:
+        report = check(outcome)
+        if jax.process_index() == 0:
+            console.print(f"Warm start of the {part} from {stored}: {report.summary()}.", soft_wrap=True)
+            if report.table().row_count:
+                console.print(report.table())
+
+    stage = stored_stage(f"init_{part}", stored, setup.config, say)
+    return dataclasses.replace(stage, check=lambda: check(stored.shapes()) and None)
 
 
 # --- the students ---
@@ -241,10 +292,10 @@ def student_stage(
     stage = train.Stage(
         name,
         steps,
-        needs=("teacher",),
+        needs=("teacher", *warm_needs(setup, "student")),
         prepare=prepare,
         data=lambda consts: setup.task.source(consts, config.batch_size),
-        init=initializer(setup, setup.student, optimizer),
+        init=initializer(setup, "student", optimizer),
         step=step(optimizer, per_epoch),
         publish=lambda state: state.variables,
         evaluators={**setup.accuracies, **(evaluators or {})},

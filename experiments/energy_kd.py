@@ -44,7 +44,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
             students.append(dst.student_stage(setup, name, step, thresholds, groups))
         else:
             students.append(dst.student_stage(setup, name, step))
-    return [dst.teacher_stage(setup, {"energy": energy_evaluator(setup)}), *students]
+    return [*dst.warm_stages(setup), dst.teacher_stage(setup, {"energy": energy_evaluator(setup)}), *students]
 
 
 def check(config: ConfigDict) -> None:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--input", required=True, metavar="INPUT", help="images.npy, a folder, or data:SPLIT")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="a new file")
     args, overrides = cli.parse(parser, argv)
-    config = cli.load_run(args.workdir, overrides, ("eval_batch_size", "data.data_dir", "data.blank"))
+    config = cli.load_run(args.workdir, overrides, ("eval_batch_size", "data.blank"))
     output = cli.new_file(args.output)
     cli.initialize(args)
     cli.use_compilation_cache()

@@ -1,17 +1,22 @@
 """Trains the stages of a config, or goes on where a killed run was.
 
 python -m experiments.train --config configs/energy_kd.py --workdir runs/energy_kd [--config.arms.kd.lr=0.02]
+
+With --dry-run it checks all that a run checks and prints what every stage would hold on the devices that are here:
+nothing is compiled, trained or written, and --workdir may be left out (and the data: --config.data.blank=True).
 """
 
 import dataclasses
 import json
 import platform
+import sys
 from importlib import metadata
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
-from experiments import cli, report
+from experiments import cli, dry_run, report
 from jkd import train
 from jkd.errors import UserError
 from jkd.train.log import jsonable
@@ -23,12 +28,39 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="a folder of this run alone; gs:// works")
+    dry = "--dry-run" in (sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--workdir", required=not dry, help="a folder of this run alone; gs:// works")
+    parser.add_argument("--dry-run", action="store_true", help="check and print what would run, and stop")
     args, overrides = cli.parse(parser, argv)
     config = cli.load_config(args.config, overrides)
     cli.initialize(args)
+    if args.dry_run:
+        options(config)  # for its checks
+        dry_run.show(config, make_mesh(config), args.workdir)
+        return
     cli.use_compilation_cache()
     run(config, args.workdir)
+
+
+def make_mesh(config: Any) -> Mesh:
+    """The mesh of a config, on the devices that are here.
+
+    Raises:
+      UserError: if they cannot form it, or it cannot split the config's batches.
+    """
+    mesh = train.make_mesh(**config.mesh)
+    for name in ("batch_size", "eval_batch_size"):  # before anything is written
+        if name in config:
+            check_batch_size(config[name], mesh, name)
+    if config.get("microbatches", 1) > 1:
+        check_batch_size(config.batch_size // config.microbatches, mesh, "batch_size / microbatches")
+    return mesh
+
+
+def options(config: Any) -> train.LoopOptions:
+    """How the config's `loop` section says to execute."""
+    fields = [field.name for field in dataclasses.fields(train.LoopOptions) if field.name in config.loop]
+    return train.LoopOptions(**{name: config.loop[name] for name in fields})
 
 
 def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
@@ -38,13 +70,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
     module = cli.experiment(config)
     if config.get("data", {}).get("blank"):
         raise UserError("data.blank stands in for the data in plans only: there is nothing to train on.")
-    mesh = train.make_mesh(**config.mesh)
-    for name in ("batch_size", "eval_batch_size"):  # before anything is written
-        if name in config:
-            check_batch_size(config[name], mesh, name)
-    if config.get("microbatches", 1) > 1:
-        check_batch_size(config.batch_size // config.microbatches, mesh, "batch_size / microbatches")
-    options = {f.name: config.loop[f.name] for f in dataclasses.fields(train.LoopOptions) if f.name in config.loop}
+    mesh = make_mesh(config)
     found = train.run(
         module.stages(config),
         workdir=workdir,
@@ -52,7 +78,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
         config=config.to_dict(),
         mesh=mesh,
         log_every=config.log_every,
-        options=train.LoopOptions(**options),
+        options=options(config),
     )
     results = {
         "method": config.method,

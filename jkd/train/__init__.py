@@ -6,12 +6,13 @@ from jkd.train.finite import NonFiniteError
 from jkd.train.gradient import Aux, value_and_grad
 from jkd.train.loop import LoopOptions, run
 from jkd.train.mesh import fsdp, jit_step, make_mesh, place, replicate, shard, tree_shardings
-from jkd.train.outcome import evaluate_outcome, finished_stages, load_outcome
+from jkd.train.outcome import check_run, evaluate_outcome, finished_stages, load_outcome, outcome_shapes
 from jkd.train.passes import evaluate, sweep
 from jkd.train.signals import Preempted
 from jkd.train.stage import Evaluator, Outcome, Stage
 from jkd.train.state import ModelStep, TrainState, chain, create_state, make_train_step
 from jkd.train.transforms import AVERAGES, average, microbatch, remat
+from jkd.train.warm import warm_start
 
 __all__ = [
     "AVERAGES",
@@ -26,6 +27,7 @@ __all__ = [
     "TrainState",
     "average",
     "chain",
+    "check_run",
     "create_state",
     "ensemble",
     "evaluate",
@@ -38,6 +40,7 @@ __all__ = [
     "make_mesh",
     "make_train_step",
     "microbatch",
+    "outcome_shapes",
     "place",
     "remat",
     "replicate",
@@ -46,4 +49,5 @@ __all__ = [
     "sweep",
     "tree_shardings",
     "value_and_grad",
+    "warm_start",
 ]

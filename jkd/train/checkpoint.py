@@ -225,11 +225,16 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
             f"The stored result {directory} cannot be used: {_first_line(error)}. "
             "Remove the stage's folder to train that stage again."
         ) from error
+    return build_plain(arrays, info), info
+
+
+def build_plain(arrays: dict[str, Any], info: dict[str, Any]) -> Any:
+    """The tree of these arrays, by number, that a directory's meta describes; traceable."""
     leaves = [
         arrays[f"{i}"] if key is None else jax.random.wrap_key_data(arrays[f"{i}"], impl=key)
         for i, key in enumerate(info["keys"])
     ]
-    return _decode(info["structure"], leaves), info
+    return _decode(info["structure"], leaves)
 
 
 def _check_precision(directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -28,12 +28,12 @@ from jkd.train.finite import non_finite
 from jkd.train.log import Events, JsonLines, Meter, brief, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
-from jkd.train.outcome import read_outcome
+from jkd.train.outcome import check_run, read_outcome
 from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
 from jkd.train.processes import barrier, on_chief
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
-from jkd.train.stage import Outcome, Stage, check_stages
+from jkd.train.stage import Outcome, Stage
 
 
 def run(
@@ -67,9 +67,7 @@ def run(
       NonFiniteError: when a metric is not finite; a bundle for debugging is in `workdir/debug`.
       Preempted: after SIGTERM, when the state is saved.
     """
-    check_stages(stages)
-    if log_every < 1:
-        raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
+    check_run(stages, log_every, workdir)
     mesh = make_mesh() if mesh is None else mesh
     folder = workdirs.folder_of(workdir)
     fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})

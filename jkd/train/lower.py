@@ -46,8 +46,37 @@ def lower_stages(
 ) -> Iterator[LoweredStage]:
     """Lowers the step of every stage that has steps (or of some), exactly as `run` would jit it on this mesh.
 
-    Nothing is trained: earlier stages' outcomes and the rows of sweeps are zeros of the right shapes, and
-    `prepare` runs on them.
+    Nothing is trained; see `abstract_stages`.
+    """
+    for found in abstract_stages(stages, mesh, only=only, rules=rules):
+        if has_steps(found.stage) and (only is None or found.stage.name in only):
+            yield _lower(found.stage, found.source, found.plan, found.key, mesh, rules, log_every)
+
+
+class AbstractStage(NamedTuple):
+    """One stage of which nothing is computed; of a looped ensemble, what its program for one member sees.
+
+    Attributes:
+      stage: itself.
+      source: of its batches, or None.
+      key: its key.
+      previous: the outcomes that it needs, zeros.
+      plan: its state, batch, constants and resident arrays as shapes, and the state's layout.
+    """
+
+    stage: Stage
+    source: Any
+    key: Any
+    previous: Mapping[str, Outcome]
+    plan: Plan
+
+
+def abstract_stages(
+    stages: Sequence[Stage], mesh: Mesh, *, only: Collection[str] | None = None, rules: Rules = DEFAULT_RULES
+) -> Iterator[AbstractStage]:
+    """Yields the stages (or some, and those that they need) as the loop would lay them out on this mesh.
+
+    Earlier stages' outcomes and the rows of sweeps are zeros of the right shapes, and `prepare` runs on them.
     """
     check_stages(stages)
     outcomes: dict[str, Outcome] = {}
@@ -61,8 +90,7 @@ def lower_stages(
             one_consts = jax.tree.map(lambda x: x[0], consts)
         source = stage.data(one_consts)
         plan = plan_stage(stage, source, split_key(one_key)[1], one_previous, one_consts, mesh, rules)
-        if has_steps(stage) and (only is None or stage.name in only):
-            yield _lower(stage, source, plan, one_key, mesh, rules, log_every)
+        yield AbstractStage(stage, source, one_key, one_previous, plan)
         published = _zeros(jax.eval_shape(stage.publish, plan.carry.state))
         if stage.looped:
             published = _repeated(published, stage.members)

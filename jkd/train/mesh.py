@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jkd.errors import UserError
@@ -141,7 +141,7 @@ def place(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     return jax.tree.map(place_leaf, tree, tree_shardings(tree, mesh, rules))
 
 
-def place_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def place_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
     """One host array (the same on every process), or array from another mesh, as an array of this sharding."""
     if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
         return leaf

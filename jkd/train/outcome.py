@@ -1,32 +1,47 @@
 """Outcomes of finished stages, read back onto any mesh."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from jkd.errors import UserError, nearest
-from jkd.train.checkpoint import is_stored, load_plain
+from jkd.train.checkpoint import build_plain, is_stored, load_meta, load_plain
 from jkd.train.ensemble import member
 from jkd.train.mesh import DEFAULT_RULES, Rules, make_mesh, place
 from jkd.train.passes import Residents, evaluate, evaluate_members
-from jkd.train.stage import Outcome, Stage
-from jkd.train.workdir import folder_of
+from jkd.train.stage import Outcome, Stage, check_stages
+from jkd.train.workdir import folder_of, stage_folder
 
 
 def load_outcome(
     workdir: str | os.PathLike, name: str, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES
 ) -> Outcome:
     """Loads a finished stage's outcome by name, onto any mesh, without the code that made it."""
+    return read_outcome(_folder(workdir, name), make_mesh() if mesh is None else mesh, rules)
+
+
+def outcome_shapes(workdir: str | os.PathLike, name: str) -> Outcome:
+    """What a finished stage published, as shapes and dtypes, and its number of seeds: no array is read."""
+    info = load_meta(_folder(workdir, name) / "outcome")
+    arrays = {n: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"])) for n, x in info["leaves"].items()}
+    published = jax.eval_shape(lambda arrays: build_plain(arrays, info), arrays)
+    return Outcome(published, {}, {}, info["metrics"], info["members"])
+
+
+def _folder(workdir: str | os.PathLike, name: str) -> epath.Path:
     folders = finished_stages(workdir)
     if name not in folders:
         raise UserError(
             f"{workdir} holds no finished stage {name!r}; finish its training first.{nearest(name, folders)} "
             f"Finished: {', '.join(folders) or 'none'}."
         )
-    return read_outcome(folders[name], make_mesh() if mesh is None else mesh, rules)
+    return folders[name]
 
 
 def finished_stages(workdir: str | os.PathLike) -> dict[str, epath.Path]:
@@ -34,6 +49,17 @@ def finished_stages(workdir: str | os.PathLike) -> dict[str, epath.Path]:
     folders = [folder for folder in (folder_of(workdir) / "stages").glob("*-*") if is_stored(folder / "outcome")]
     folders.sort(key=lambda folder: int(folder.name.partition("-")[0]))
     return {folder.name.partition("-")[2]: folder for folder in folders}
+
+
+def check_run(stages: Sequence[Stage], log_every: int, workdir: str | os.PathLike | None = None) -> None:
+    """Raises UserError unless these stages can be run, apart from those that are finished in `workdir`."""
+    check_stages(stages)
+    if log_every < 1:
+        raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
+    for index, stage in enumerate(stages):
+        folder = None if workdir is None else stage_folder(folder_of(workdir), index, stage.name)
+        if folder is None or not is_stored(folder / "outcome"):
+            stage.check()
 
 
 def evaluate_outcome(

@@ -67,6 +67,10 @@ def _no_data(consts: Any) -> None:
     return None
 
 
+def _nothing() -> None:
+    return None
+
+
 def _identity(state: Any) -> Any:
     return state
 
@@ -93,6 +97,8 @@ class Stage:
         key a member.
       members: the number of seeds in an ensemble, 0 for a single run.
       looped: whether the loop runs the members one by one.
+      check: `check()`, called before anything is written unless the stage is finished: raises UserError where
+        what it reads from elsewhere is missing or does not fit.
     """
 
     name: str
@@ -108,6 +114,7 @@ class Stage:
     key: Any = None
     members: int = 0
     looped: bool = False
+    check: Callable[[], None] = _nothing
 
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):

@@ -11,7 +11,7 @@ from jkd.errors import UserError
 from jkd.train.processes import on_chief
 
 # These fields say how a run is executed, not what it computes: they may change between restarts.
-EXECUTION_FIELDS = ("mesh", "loop")
+EXECUTION_FIELDS = ("mesh", "loop", "data.data_dir")
 
 
 def folder_of(path: str | os.PathLike) -> epath.Path:
@@ -32,8 +32,13 @@ def folder_of(path: str | os.PathLike) -> epath.Path:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides what a run computes."""
-    return {name: value for name, value in config.items() if name not in EXECUTION_FIELDS}
+    """The fields of a config, by dotted name, that decide what a run computes."""
+    return {name: value for name, value in flatten(config).items() if not is_execution(name)}
+
+
+def is_execution(name: str) -> bool:
+    """Whether a field, by dotted name, says how a run is executed."""
+    return any(f"{name}.".startswith(f"{field}.") for field in EXECUTION_FIELDS)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,9 +93,13 @@ def claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
     return bool(on_chief(lambda: _claim(workdir, config)))
 
 
-def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
-    known = workdir / "config.json"
-    fresh = not known.exists()
+def check_claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
+    """Whether `workdir` is nobody's, without writing anything; otherwise it is this config's.
+
+    Raises:
+      UserError: if it holds other files, or belongs to another config.
+    """
+    fresh = not (workdir / "config.json").exists()
     if not fresh:
         _check_same(workdir, read_config(workdir), json.loads(json.dumps(config, default=str)))
     elif workdir.exists() and not workdir.is_dir():
@@ -99,9 +108,14 @@ def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
         raise UserError(
             f"The workdir {workdir} is not empty and holds no config.json of a run; give a new or empty folder."
         )
+    return fresh
+
+
+def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
+    fresh = check_claim(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(known, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        write_text(workdir / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     except OSError as error:
         raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
     return fresh
@@ -115,7 +129,7 @@ def disclaim(workdir: epath.Path) -> None:
 
 
 def _check_same(workdir: epath.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    old, new = flatten(identity(there)), flatten(identity(here))
+    old, new = identity(there), identity(here)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if changed:
         shown = ", ".join(f"{n} was {old.get(n, 'absent')} and is {new.get(n, 'absent')}" for n in changed[:3])

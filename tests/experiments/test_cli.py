@@ -212,7 +212,7 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"python -m experiments.{command} " in out
-    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce"))
+    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce", "export", "sweep"))
     assert "--config.NAME=VALUE" in out
 
 
@@ -251,4 +251,4 @@ def test_remote_folders_without_their_package(refused, tmp_path):
 
 
 def test_the_fixed_commands_are_there():
-    assert {"train", "evaluate", "predict", "plan", "reproduce"} <= set(COMMANDS)
+    assert {"train", "evaluate", "predict", "export", "plan", "sweep", "reproduce"} <= set(COMMANDS)

@@ -47,3 +47,14 @@ def test_a_first_stage_that_is_finished_counts_as_begun(tmp_path):
         train.run(stages, workdir=tmp_path / "run", mesh=ONE, config={}, options=QUIET)
     assert (tmp_path / "run" / "stages" / "00-teacher" / "outcome").exists()
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_another_machine_may_have_its_data_elsewhere(tmp_path):
+    def config(data_dir, name="digits"):
+        return {"data": {"name": name, "data_dir": data_dir}, "mesh": {"fsdp": 1}}
+
+    go(tmp_path / "run", config("/here"))
+    assert go(tmp_path / "run", config("/there"))["teacher"]["steps"] == 2
+    assert '"data_dir": "/there"' in (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UserError, match="another config: data.name was digits and is letters. Give the config"):
+        go(tmp_path / "run", config("/there", "letters"))

@@ -1,0 +1,1 @@
+"""Trained models for programs without jkd: safetensors files, and StableHLO programs."""
