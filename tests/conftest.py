@@ -20,7 +20,9 @@ os.environ.setdefault("JKD_DATA_DIR", str(CACHE / "data"))
 
 import jax
 import jaxtyping
+import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 # More devices than cores: steps in flight at once could starve a collective of threads.
@@ -40,3 +42,13 @@ def pytest_collection_modifyitems(items):
     """Workers take whole files in this order: the longest must not begin last, nor two that wait for each other."""
     order = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture
+def no_cache():
+    """A program for devices that are not there can be written to the compilation cache but not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -4,9 +4,7 @@ import fcntl
 import pathlib
 import sys
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 CACHE = pathlib.Path(__file__).parents[2] / ".cache"
@@ -19,13 +17,3 @@ def alone():
     with (CACHE / "processes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@pytest.fixture
-def no_cache():
-    """A program for devices that are not there can be written to the compilation cache but not read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()

@@ -14,7 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jkd import data, nn, train
 from jkd.errors import UserError
 from jkd.train import loop
-from jkd.train.plan import collectives
+from jkd.train.collectives import collectives
+from jkd.train.hlo import Program
 from jkd.train.remat import rematerialized
 
 MODEL = nn.mlp(4, hidden=(32,), dtype=jnp.float64, param_dtype=jnp.float64)
@@ -119,7 +120,8 @@ def test_every_device_has_its_share_of_each_part():
     state = jax.eval_shape(lambda: train.create_state({"params": jnp.zeros((24, 24))}, optax.sgd(0.1)))
     batch = {"x": jax.ShapeDtypeStruct((64, 24), jnp.float32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    found = collectives(train.jit_step(step, mesh).lower(state, batch, key).compile())
+    text = train.jit_step(step, mesh).lower(state, batch, key).compile().as_text()
+    found = collectives(Program(text))
     assert {one.kind for one in found} == {"all-reduce"}, "no example moves to another device"
 
 
