@@ -24,14 +24,17 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--workdir", required=True, help="a folder of this run alone; gs:// works")
+    parser.add_argument(
+        "--profile", default="", metavar="[STAGE:]START:STOP", help="write a trace of these steps to WORKDIR/profile"
+    )
     args, overrides = cli.parse(parser, argv)
     config = cli.load_config(args.config, overrides)
     cli.initialize(args)
     cli.use_compilation_cache()
-    run(config, args.workdir)
+    run(config, args.workdir, profile=args.profile)
 
 
-def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
+def run(config: Any, workdir: str, *, show: bool = True, profile: str = "") -> dict[str, Any]:
     """Runs a config to its end, writes `results.json` and the plot, and returns the results."""
     import jax
 
@@ -50,7 +53,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
         config=config.to_dict(),
         mesh=mesh,
         log_every=config.log_every,
-        options=train.LoopOptions(**options),
+        options=train.LoopOptions(**options, profile=profile),
     )
     results = {
         "method": config.method,

@@ -25,12 +25,14 @@ from jkd.train.checkpoint import (
 from jkd.train.context import Context, LoopOptions
 from jkd.train.ensemble import member, previous_of, stack
 from jkd.train.finite import non_finite
+from jkd.train.flops import flops_and_peak
 from jkd.train.log import Events, JsonLines, Meter, brief, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import read_outcome
 from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
 from jkd.train.processes import barrier, on_chief
+from jkd.train.profile import Profile, parse_span
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage, check_stages
@@ -70,13 +72,14 @@ def run(
     check_stages(stages)
     if log_every < 1:
         raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
+    options = options or LoopOptions()
+    span = parse_span(options.profile, stages)
     mesh = make_mesh() if mesh is None else mesh
     folder = workdirs.folder_of(workdir)
     fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
     with StopRequest() as stop:
         key = jax.random.key(seed)
-        options = options or LoopOptions()
-        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
+        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop, span)
         try:
             return _run_stages(ctx, stages)
         except UserError as error:
@@ -217,6 +220,7 @@ class _StageRun:
         images = 0 if source is None else source.batch_size * max(stage.members, 1)
         meter = Meter(stage.name, self.t, stage.num_steps, images, show=ctx.options.progress and ctx.chief)
         self.meter = meter
+        profile = Profile(ctx.span, stage.name, ctx.workdir / "profile" / self.folder.name)
         axis = 0 if source is None else batch_axis(source)
         assemble = None if source is None else source.assemble
         assert stage.step is not None
@@ -226,25 +230,29 @@ class _StageRun:
         try:
             while self.t < stage.num_steps:
                 self._stop_if_asked()
-                began = time.perf_counter()
-                crossed = [next(stream) for stream in streams]
-                meter.stall(time.perf_counter() - began)
-                t = np.int32(self.t)
-                reports = []
-                for m, rows in zip(self.members, crossed, strict=True):
-                    rows = rows if source is None else cross(rows, ctx.mesh, source.batch_size, axis)
-                    args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
-                    call = call or program.jitted(*args)
-                    ctx.begun = True
-                    m.carry, report = call(*args)
-                    reports.append(report)
-                self.t += 1
-                self._settle()
-                self._open = (self.t, reports)
+                with profile.step(self.t, self._open):
+                    began = time.perf_counter()
+                    crossed = [next(stream) for stream in streams]
+                    meter.stall(time.perf_counter() - began)
+                    t = np.int32(self.t)
+                    reports = []
+                    for m, rows in zip(self.members, crossed, strict=True):
+                        rows = rows if source is None else cross(rows, ctx.mesh, source.batch_size, axis)
+                        args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
+                        if call is None:
+                            call = program.jitted(*args)
+                            meter.account(*flops_and_peak(call, args, len(self.members), ctx.mesh))
+                        ctx.begun = True
+                        m.carry, report = call(*args)
+                        reports.append(report)
+                    self.t += 1
+                    self._settle()
+                    self._open = (self.t, reports)
                 meter.update(self.t)
                 self._boundary()
         finally:
             meter.close(self.t)
+            profile.close(self._open)
 
     def _settle(self) -> None:
         """Waits for the step before the one just dispatched, and logs it where a window ends."""
@@ -281,26 +289,30 @@ class _StageRun:
             for kind, values in record.items():
                 self.events.write(t, {f"{kind}/{n}": v for n, v in values.items()})
             if "train" in record:
-                self.events.write(t, {f"speed/{n}": v for n, v in self.meter.rates().items()})
+                self.events.write(t, {f"speed/{n}": v for n, v in self.meter.window().items()})
 
     # --- what happens between steps ---
 
     def _boundary(self) -> None:
-        stage, t = self.stage, self.t
-        due = [e for e in stage.evaluators.values() if e.every and t % e.every == 0]
+        stage, t, every = self.stage, self.t, self.ctx.options.checkpoint_every
         if t in stage.snapshots:
             self._settle()
-            folder = self.folder / f"snapshot-{t:08d}"
-            if not is_stored(folder):
-                save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
+            with self.meter.aside():
+                self._snapshot(self.folder / f"snapshot-{t:08d}")
         if t == stage.num_steps:
             return
-        if due:
+        if any(e.every and t % e.every == 0 for e in stage.evaluators.values()):
             self._settle()
-            self._evaluate(final=False)
-        every = self.ctx.options.checkpoint_every
+            with self.meter.aside():
+                self._evaluate(final=False)
         if every and t % every == 0:
-            self._save()
+            self._settle()
+            with self.meter.aside():
+                self._save()
+
+    def _snapshot(self, folder: epath.Path) -> None:
+        if not is_stored(folder):
+            save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
 
     def _stop_if_asked(self) -> None:
         if not self.ctx.stop.reached(self.ctx.steps_before + self.t):
