@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jkd.errors import UserError
+from jkd.train.workdir import is_remote
 
 console = Console(stderr=True, highlight=False)
+REMOTE_SECONDS = 30.0
 
 
 def jsonable(tree: Any) -> Any:
@@ -38,12 +40,12 @@ def brief(metrics: Mapping[str, Any]) -> str:
 class JsonLines:
     """A file of JSON lines that can be cut back to where a checkpoint saw it.
 
-    Remote file systems cannot append: there the whole file is written anew with every line.
+    Object stores cannot append: there the whole file is written anew, `REMOTE_SECONDS` apart and in `flush`.
     """
 
     def __init__(self, path: epath.Path, offset: int):
         self._path, self.offset = path, offset
-        self._remote = b"" if "://" in str(path) else None
+        self._remote: bytes | None = None
         if not path.exists():
             path.write_bytes(b"")
         size = path.stat().length
@@ -52,8 +54,10 @@ class JsonLines:
                 f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes): restore the file, or start "
                 "again in a new workdir."
             )
-        if self._remote is not None:
+        if is_remote(path):
             self._remote = path.read_bytes()[:offset] if offset else b""
+            self._written = size
+            self._last = time.perf_counter()
         elif size > offset:
             os.truncate(path, offset)  # in place: a kill here leaves the old length or the new one
 
@@ -61,12 +65,20 @@ class JsonLines:
         """Appends one record; `offset` counts the bytes so far."""
         line = (json.dumps(jsonable(record)) + "\n").encode()
         self.offset += len(line)
-        if self._remote is not None:
-            self._remote += line
-            self._path.write_bytes(self._remote)
-        else:
+        if self._remote is None:
             with self._path.open("ab") as file:
                 file.write(line)
+            return
+        self._remote += line
+        if time.perf_counter() - self._last > REMOTE_SECONDS:
+            self.flush()
+
+    def flush(self) -> int:
+        """Returns the length of the file when it holds all lines: before anything is stored that relies on them."""
+        if self._remote is not None and self._written != self.offset:
+            self._path.write_bytes(self._remote)
+            self._written, self._last = self.offset, time.perf_counter()
+        return self.offset
 
 
 class Events:

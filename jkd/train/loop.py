@@ -129,7 +129,7 @@ class _StageRun:
         ctx.stop_if_asked(f"prepare of stage {stage.name!r}")
         members = self._members(key, previous, self._prepared(key, previous))
         ctx.stop_if_asked(f"init of stage {stage.name!r}")
-        self.members = members
+        self.members, self.events = members, None
         self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
         try:
             self._resume_or_create()
@@ -140,6 +140,8 @@ class _StageRun:
             self._evaluate(final=True)
             self._save_outcome()
         finally:
+            if self.events is not None:
+                self.events.close()
             self.checkpoints.close()
         ctx.say(f"Stage {stage.name} is done: {brief(self.metrics)}")
 
@@ -204,7 +206,6 @@ class _StageRun:
         return load_meta(last / "outcome")["log_offset"]
 
     def _open_logs(self) -> None:
-        self.lines = self.events = None
         path, offset = self.ctx.workdir / "metrics.jsonl", self._offset
         self.lines = on_chief(lambda: JsonLines(path, offset))
         if self.ctx.chief and self.ctx.options.tensorboard:
@@ -333,7 +334,7 @@ class _StageRun:
             "t": self.t,
             "stage": self.stage.name,
             "history": jsonable(self.history),
-            "log_offset": self._agreed_offset(),
+            "log_offset": self._flushed(),
         }
         self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
 
@@ -341,8 +342,8 @@ class _StageRun:
         for m in self.members:
             check_no_nan(m.carry.state, f"After the last step of stage {self.stage.name!r}")
 
-    def _agreed_offset(self) -> int:
-        return 0 if self.lines is None else self.lines.offset
+    def _flushed(self) -> int:
+        return 0 if self.lines is None else self.lines.flush()
 
     def _publish(self) -> Any:
         outs = []
@@ -390,9 +391,7 @@ class _StageRun:
             "metrics": jsonable(self.metrics),
             "history": jsonable(self.history),
             "members": self.stage.members,
-            "log_offset": self._agreed_offset(),
+            "log_offset": self._flushed(),
         }
-        if self.events is not None:
-            self.events.close()
         save_plain(self.folder / "outcome", self._publish(), info, mesh=self.ctx.mesh, rules=self.ctx.rules)
         barrier(f"outcome-{self.index}")
