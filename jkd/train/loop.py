@@ -108,6 +108,7 @@ class _StageRun:
         self.history: dict[str, dict[str, Any]] = {}
         self.metrics: dict[str, Any] = {}
         self.t = 0
+        self.events: Events | None = None
         self._open: Any = None  # the last dispatched step's (t, reports), not read yet
 
     # --- the stage as a whole ---
@@ -129,7 +130,7 @@ class _StageRun:
         ctx.stop_if_asked(f"prepare of stage {stage.name!r}")
         members = self._members(key, previous, self._prepared(key, previous))
         ctx.stop_if_asked(f"init of stage {stage.name!r}")
-        self.members, self.events = members, None
+        self.members = members
         self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
         try:
             self._resume_or_create()
