@@ -12,7 +12,8 @@ import pytest
 
 from experiments import cli, plan, train
 
-ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("alone")
+ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launch.md").read_text()
 BLOCKS = re.findall(r"```sh ?(\w*)\n(.*?)```", PAGE, re.DOTALL)
 RUNNABLE = [text for kind, text in BLOCKS if kind == "run"]
