@@ -1,5 +1,6 @@
 """Runs on an object store, against a server on the loopback."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -107,8 +108,10 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, local, monkeypatch, capsys):
 
 
 def test_a_store_that_does_not_answer_is_no_corruption():
-    for words in ("UNAVAILABLE: 503", "PERMISSION_DENIED: 403"):
+    for words in ("ABORTED: All 32 retry attempts failed: CURL error", "PERMISSION_DENIED: 403"):
         assert checkpoint._passing(ValueError(f"{words} reading gs://b/x"))
+    assert checkpoint._passing(ConnectionRefusedError(errno.ECONNREFUSED, "Cannot connect to host"))
+    assert not checkpoint._passing(ValueError("Error reading .zarray in OCDBT database at gs://b/x"))
 
 
 def test_what_others_write_is_seen_at_once(bucket):
