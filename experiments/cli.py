@@ -16,7 +16,15 @@ import ml_collections
 from etils import epath
 
 from jkd.errors import UserError, nearest, unknown
-from jkd.train.workdir import EXECUTION_FIELDS, check_writable, flatten, folder_of, is_execution, read_config
+from jkd.train.workdir import (
+    EXECUTION_FIELDS,
+    check_writable,
+    flatten,
+    folder_of,
+    is_execution,
+    is_remote,
+    read_config,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -110,10 +118,10 @@ def new_file(path: str) -> epath.Path:
     Raises:
       UserError: if it exists already, or its folder does not or cannot be written.
     """
-    file = epath.Path(path)
+    file = folder_of(path) if is_remote(path) else epath.Path(path)
     if file.exists():
         raise UserError(f"{path} exists already and is not overwritten; give another name, or remove it.")
-    if not file.parent.is_dir():
+    if not is_remote(path) and not file.parent.is_dir():
         raise UserError(f"{path} cannot be written: there is no folder {file.parent}.")
     try:
         check_writable(file.parent)

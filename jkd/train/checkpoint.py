@@ -16,8 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jkd.errors import UserError
 from jkd.train.mesh import path_name, place_leaf, sharding_of
 from jkd.train.processes import barrier, worst
+from jkd.train.workdir import move_folder
 
-PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EACCES)
+PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EACCES}
+PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH}
+# How tensorstore says so; it gives up with ABORTED after many tries.
+PASSING_STATUSES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED")
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -252,7 +256,7 @@ def _passing(error: Exception) -> bool:
     # What says nothing about the files: no memory, or a file system that does not answer.
     if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
         return True
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in PASSING_STATUSES)
 
 
 def _first_line(error: Exception) -> str:
@@ -347,11 +351,10 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         barrier("corrupt-checkpoint")
         if jax.process_index() == 0:
-            self._corrupt.mkdir(parents=True, exist_ok=True)
             aside = self._corrupt / f"{self._directory.name}-{step}"
             while aside.exists():
                 aside = aside.parent / (aside.name + "x")
-            (self._directory / str(step)).rename(aside)
+            move_folder(self._directory / str(step), aside)
         barrier("corrupt-checkpoint-moved")
         self._manager.close()
         self._manager = self._open()

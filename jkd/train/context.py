@@ -11,6 +11,7 @@ from jkd.errors import UserError
 from jkd.train.log import console
 from jkd.train.mesh import Rules
 from jkd.train.passes import Residents, sweep
+from jkd.train.profile import Span
 from jkd.train.signals import Preempted, StopRequest
 
 
@@ -23,12 +24,14 @@ class LoopOptions:
       keep: checkpoints of the running stage that are kept.
       progress: whether to show a bar (on a terminal) or lines.
       tensorboard: whether to write TensorBoard events.
+      profile: `[STAGE:]START:STOP`, steps of a stage to profile; see `jkd.train.profile`.
     """
 
     checkpoint_every: int = 1000
     keep: int = 3
     progress: bool = True
     tensorboard: bool = True
+    profile: str = ""
 
     def __post_init__(self):
         if self.keep < 1 or self.checkpoint_every < 0:
@@ -50,6 +53,7 @@ class Context:
     options: LoopOptions
     residents: Residents
     stop: StopRequest
+    span: Span | None = None  # what is profiled
     steps_before: int = 0
     begun: bool = False  # whether a step was taken
 

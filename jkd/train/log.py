@@ -1,11 +1,13 @@
 """What a run says: a progress bar, JSON lines, TensorBoard events."""
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -13,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jkd.errors import UserError
+from jkd.train.workdir import is_remote
 
 console = Console(stderr=True, highlight=False)
+REMOTE_SECONDS = 30.0
 
 
 def jsonable(tree: Any) -> Any:
@@ -36,12 +40,12 @@ def brief(metrics: Mapping[str, Any]) -> str:
 class JsonLines:
     """A file of JSON lines that can be cut back to where a checkpoint saw it.
 
-    Remote file systems cannot append: there the whole file is written anew with every line.
+    Object stores cannot append: there the whole file is written anew, `REMOTE_SECONDS` apart and in `flush`.
     """
 
     def __init__(self, path: epath.Path, offset: int):
         self._path, self.offset = path, offset
-        self._remote = b"" if "://" in str(path) else None
+        self._remote: bytes | None = None
         if not path.exists():
             path.write_bytes(b"")
         size = path.stat().length
@@ -50,8 +54,10 @@ class JsonLines:
                 f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes): restore the file, or start "
                 "again in a new workdir."
             )
-        if self._remote is not None:
+        if is_remote(path):
             self._remote = path.read_bytes()[:offset] if offset else b""
+            self._written = size
+            self._last = time.perf_counter()
         elif size > offset:
             os.truncate(path, offset)  # in place: a kill here leaves the old length or the new one
 
@@ -59,12 +65,20 @@ class JsonLines:
         """Appends one record; `offset` counts the bytes so far."""
         line = (json.dumps(jsonable(record)) + "\n").encode()
         self.offset += len(line)
-        if self._remote is not None:
-            self._remote += line
-            self._path.write_bytes(self._remote)
-        else:
+        if self._remote is None:
             with self._path.open("ab") as file:
                 file.write(line)
+            return
+        self._remote += line
+        if time.perf_counter() - self._last > REMOTE_SECONDS:
+            self.flush()
+
+    def flush(self) -> int:
+        """Returns the length of the file when it holds all lines: before anything is stored that relies on them."""
+        if self._remote is not None and self._written != self.offset:
+            self._path.write_bytes(self._remote)
+            self._written, self._last = self.offset, time.perf_counter()
+        return self.offset
 
 
 class Events:
@@ -85,14 +99,23 @@ class Events:
         self._writer.close()
 
 
+class Mark(NamedTuple):
+    """A moment of a stage: its step, its time without what was put aside, and the time it had waited for data."""
+
+    step: int
+    time: float
+    stalled: float
+
+
 class Meter:
-    """Progress of one stage: a bar with ETA, images per second, and the share of time spent waiting for data."""
+    """Progress of one stage: a bar with ETA, and rates that leave out the first step, evaluations and checkpoints."""
 
     def __init__(self, name: str, start: int, stop: int, images_per_step: int, *, show: bool):
         self._name, self._stop, self._images = name, stop, images_per_step
+        self._flops = self._peak = 0.0
         self._began = self._last = time.perf_counter()
         self._start = self._step = self._first = start
-        self._stalled = 0.0
+        self._stalled = self._aside = 0.0
         self._bar: Progress | None = None
         if show and sys.stderr.isatty():
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -100,39 +123,74 @@ class Meter:
             self._task = self._bar.add_task(name, total=stop, completed=start, rate="")
             self._bar.start()
         self._show = show
+        # The bar and the lines say what happened in the last seconds.
+        self._recent: deque[Mark] = deque([self._mark()], maxlen=25 if self._bar else 1)
+        self._window = self._mark()
+
+    def account(self, flops: float, peak: float) -> None:
+        """Sets the FLOPs of a step and the `peak` FLOP/s of all devices, for MFU; 0: not known, and not shown."""
+        self._flops, self._peak = flops, peak
 
     def stall(self, seconds: float) -> None:
         """Adds time spent waiting for a batch."""
         self._stalled += seconds
 
-    def rates(self) -> dict[str, float]:
-        """Steps and images per second since the stage (re)started, and the share of time without data."""
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
-        steps = (self._step - self._start) / elapsed
-        return {
-            "steps_per_second": steps,
-            "images_per_second": steps * self._images,
-            "data_stall": self._stalled / elapsed,
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is no part of a step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside += time.perf_counter() - began
+
+    def _mark(self) -> Mark:
+        return Mark(self._step, time.perf_counter() - self._aside, self._stalled)
+
+    def rates(self, since: Mark | None = None) -> dict[str, float]:
+        """Milliseconds of a step, images per second, share of time without data, and MFU where the peak is known.
+
+        They hold since the stage (re)started, or since an earlier moment.
+        """
+        since, now = since or Mark(self._start, self._began, 0.0), self._mark()
+        elapsed, steps = max(now.time - since.time, 1e-9), now.step - since.step
+        found = {
+            "step_ms": 1000 * elapsed / steps if steps else 0.0,
+            "images_per_second": steps * self._images / elapsed,
+            "data_stall": (now.stalled - since.stalled) / elapsed,
         }
+        return found | ({"mfu": steps * self._flops / elapsed / self._peak} if self._peak else {})
+
+    def window(self) -> dict[str, float]:
+        """The rates since this was asked last."""
+        since, self._window = self._window, self._mark()
+        return self.rates(since)
 
     def update(self, step: int) -> None:
         """Moves the bar, at most five times a second; without a terminal, a line every ten seconds."""
         self._step = step
         now = time.perf_counter()
         if self._start == self._first:  # rates leave out the first step, which compiles
-            self._start, self._began, self._stalled = step, now, 0.0
+            self._start, self._began, self._stalled, self._aside = step, now, 0.0, 0.0
+            self._window = self._mark()
+            self._recent.clear()
+            self._recent.append(self._window)
         if not self._show or now - self._last < (0.2 if self._bar else 10.0):
             return
         self._last = now
+        text = self._text(self._recent[0])
+        self._recent.append(self._mark())
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, rate=self._text())
+            self._bar.update(self._task, completed=step, rate=text)
         else:
             left = (self._stop - step) * (now - self._began) / max(step - self._start, 1)
-            console.print(f"{self._name}: step {step}/{self._stop}, {self._text()}, ETA {left:.0f} s")
+            console.print(f"{self._name}: step {step}/{self._stop}, {text}, ETA {left:.0f} s", soft_wrap=True)
 
-    def _text(self) -> str:
-        rates = self.rates()
-        return f"{rates['images_per_second']:,.0f} images/s, {100 * rates['data_stall']:.1f} % waiting for data"
+    def _text(self, since: Mark | None = None) -> str:
+        rates = self.rates(since)
+        shown = f"{rates['step_ms']:.4g} ms a step, {rates['images_per_second']:,.0f} images/s, "
+        shown += f"{100 * rates['data_stall']:.1f} % waiting for data"
+        return shown + (f", {100 * rates['mfu']:.1f} % MFU" if "mfu" in rates else "")
 
     def close(self, step: int) -> None:
         """Ends the bar and prints the stage's rates."""
@@ -142,4 +200,4 @@ class Meter:
             self._bar.stop()
         elif self._show:
             seconds = time.perf_counter() - self._began
-            console.print(f"{self._name}: {step}/{self._stop} steps in {seconds:.1f} s, {self._text()}")
+            console.print(f"{self._name}: {step}/{self._stop} steps in {seconds:.1f} s, {self._text()}", soft_wrap=True)

@@ -25,12 +25,14 @@ from jkd.train.checkpoint import (
 from jkd.train.context import Context, LoopOptions
 from jkd.train.ensemble import member, previous_of, stack
 from jkd.train.finite import non_finite
+from jkd.train.flops import flops_and_peak
 from jkd.train.log import Events, JsonLines, Meter, brief, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import check_run, read_outcome
 from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
 from jkd.train.processes import barrier, on_chief
+from jkd.train.profile import Profile, parse_span
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage
@@ -68,13 +70,14 @@ def run(
       Preempted: after SIGTERM, when the state is saved.
     """
     check_run(stages, log_every, workdir)
+    options = options or LoopOptions()
+    span = parse_span(options.profile, stages)
     mesh = make_mesh() if mesh is None else mesh
     folder = workdirs.folder_of(workdir)
     fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
     with StopRequest() as stop:
         key = jax.random.key(seed)
-        options = options or LoopOptions()
-        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
+        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop, span)
         try:
             return _run_stages(ctx, stages)
         except UserError as error:
@@ -103,6 +106,7 @@ class _StageRun:
         self.history: dict[str, dict[str, Any]] = {}
         self.metrics: dict[str, Any] = {}
         self.t = 0
+        self.events: Events | None = None
         self._open: Any = None  # the last dispatched step's (t, reports), not read yet
 
     # --- the stage as a whole ---
@@ -135,6 +139,8 @@ class _StageRun:
             self._evaluate(final=True)
             self._save_outcome()
         finally:
+            if self.events is not None:
+                self.events.close()
             self.checkpoints.close()
         ctx.say(f"Stage {stage.name} is done: {brief(self.metrics)}")
 
@@ -199,7 +205,6 @@ class _StageRun:
         return load_meta(last / "outcome")["log_offset"]
 
     def _open_logs(self) -> None:
-        self.lines = self.events = None
         path, offset = self.ctx.workdir / "metrics.jsonl", self._offset
         self.lines = on_chief(lambda: JsonLines(path, offset))
         if self.ctx.chief and self.ctx.options.tensorboard:
@@ -215,6 +220,7 @@ class _StageRun:
         images = 0 if source is None else source.batch_size * max(stage.members, 1)
         meter = Meter(stage.name, self.t, stage.num_steps, images, show=ctx.options.progress and ctx.chief)
         self.meter = meter
+        profile = Profile(ctx.span, stage.name, ctx.workdir / "profile" / self.folder.name)
         axis = 0 if source is None else batch_axis(source)
         assemble = None if source is None else source.assemble
         assert stage.step is not None
@@ -224,25 +230,29 @@ class _StageRun:
         try:
             while self.t < stage.num_steps:
                 self._stop_if_asked()
-                began = time.perf_counter()
-                crossed = [next(stream) for stream in streams]
-                meter.stall(time.perf_counter() - began)
-                t = np.int32(self.t)
-                reports = []
-                for m, rows in zip(self.members, crossed, strict=True):
-                    rows = rows if source is None else cross(rows, ctx.mesh, source.batch_size, axis)
-                    args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
-                    call = call or program.jitted(*args)
-                    ctx.begun = True
-                    m.carry, report = call(*args)
-                    reports.append(report)
-                self.t += 1
-                self._settle()
-                self._open = (self.t, reports)
+                with profile.step(self.t, self._open):
+                    began = time.perf_counter()
+                    crossed = [next(stream) for stream in streams]
+                    meter.stall(time.perf_counter() - began)
+                    t = np.int32(self.t)
+                    reports = []
+                    for m, rows in zip(self.members, crossed, strict=True):
+                        rows = rows if source is None else cross(rows, ctx.mesh, source.batch_size, axis)
+                        args = (m.carry, rows, m.consts, m.resident, m.step_key, t)
+                        if call is None:
+                            call = program.jitted(*args)
+                            meter.account(*flops_and_peak(call, args, len(self.members), ctx.mesh))
+                        ctx.begun = True
+                        m.carry, report = call(*args)
+                        reports.append(report)
+                    self.t += 1
+                    self._settle()
+                    self._open = (self.t, reports)
                 meter.update(self.t)
                 self._boundary()
         finally:
             meter.close(self.t)
+            profile.close(self._open)
 
     def _settle(self) -> None:
         """Waits for the step before the one just dispatched, and logs it where a window ends."""
@@ -279,26 +289,30 @@ class _StageRun:
             for kind, values in record.items():
                 self.events.write(t, {f"{kind}/{n}": v for n, v in values.items()})
             if "train" in record:
-                self.events.write(t, {f"speed/{n}": v for n, v in self.meter.rates().items()})
+                self.events.write(t, {f"speed/{n}": v for n, v in self.meter.window().items()})
 
     # --- what happens between steps ---
 
     def _boundary(self) -> None:
-        stage, t = self.stage, self.t
-        due = [e for e in stage.evaluators.values() if e.every and t % e.every == 0]
+        stage, t, every = self.stage, self.t, self.ctx.options.checkpoint_every
         if t in stage.snapshots:
             self._settle()
-            folder = self.folder / f"snapshot-{t:08d}"
-            if not is_stored(folder):
-                save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
+            with self.meter.aside():
+                self._snapshot(self.folder / f"snapshot-{t:08d}")
         if t == stage.num_steps:
             return
-        if due:
+        if any(e.every and t % e.every == 0 for e in stage.evaluators.values()):
             self._settle()
-            self._evaluate(final=False)
-        every = self.ctx.options.checkpoint_every
+            with self.meter.aside():
+                self._evaluate(final=False)
         if every and t % every == 0:
-            self._save()
+            self._settle()
+            with self.meter.aside():
+                self._save()
+
+    def _snapshot(self, folder: epath.Path) -> None:
+        if not is_stored(folder):
+            save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
 
     def _stop_if_asked(self) -> None:
         if not self.ctx.stop.reached(self.ctx.steps_before + self.t):
@@ -319,7 +333,7 @@ class _StageRun:
             "t": self.t,
             "stage": self.stage.name,
             "history": jsonable(self.history),
-            "log_offset": self._agreed_offset(),
+            "log_offset": self._flushed(),
         }
         self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
 
@@ -327,8 +341,8 @@ class _StageRun:
         for m in self.members:
             check_no_nan(m.carry.state, f"After the last step of stage {self.stage.name!r}")
 
-    def _agreed_offset(self) -> int:
-        return 0 if self.lines is None else self.lines.offset
+    def _flushed(self) -> int:
+        return 0 if self.lines is None else self.lines.flush()
 
     def _publish(self) -> Any:
         outs = []
@@ -376,9 +390,7 @@ class _StageRun:
             "metrics": jsonable(self.metrics),
             "history": jsonable(self.history),
             "members": self.stage.members,
-            "log_offset": self._agreed_offset(),
+            "log_offset": self._flushed(),
         }
-        if self.events is not None:
-            self.events.close()
         save_plain(self.folder / "outcome", self._publish(), info, mesh=self.ctx.mesh, rules=self.ctx.rules)
         barrier(f"outcome-{self.index}")

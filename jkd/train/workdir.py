@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from jkd.errors import UserError
@@ -14,11 +15,18 @@ from jkd.train.processes import on_chief
 EXECUTION_FIELDS = ("mesh", "loop", "data.data_dir")
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is on an object store (`gs://...`): no folders, no appending, but every object whole or absent."""
+    return "://" in os.fspath(path)
+
+
 def folder_of(path: str | os.PathLike) -> epath.Path:
     """The absolute form of a path: checkpoints need one. Remote paths (`gs://...`) are as they are."""
     text = os.fspath(path)
-    if "://" not in text:
+    if not is_remote(text):
         return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    # gcsfs remembers listings for ever by default: it would not see what other processes, or tensorstore, write.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
         folder = epath.Path(text)
         folder.exists()
@@ -28,6 +36,9 @@ def folder_of(path: str | os.PathLike) -> epath.Path:
         raise UserError(
             f"{text} is on no file system that is known; gs://BUCKET/FOLDER is, or a local folder."
         ) from error
+    except Exception as error:  # of credentials, of the network, of the store: each library has its own
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{text} cannot be reached: {type(error).__name__}: {reason}") from error
     return folder
 
 
@@ -52,9 +63,35 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file atomically: a reader sees the old text or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file atomically: a reader sees the old bytes or the new ones."""
+    if is_remote(path):
+        path.write_bytes(content)  # an object is replaced when all of it has arrived
+        return
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def move_folder(folder: epath.Path, to: epath.Path) -> None:
+    """Renames a folder; on an object store every file is copied, and then the old ones are removed."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if not is_remote(folder):
+        folder.rename(to)
+        return
+    _copy_files(folder, to)
+    folder.rmtree()
+
+
+def _copy_files(folder: epath.Path, to: epath.Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            _copy_files(path, to / path.name)
+        else:
+            path.copy(to / path.name)
 
 
 def check_writable(folder: epath.Path) -> None:
@@ -117,7 +154,8 @@ def _claim(workdir: epath.Path, config: Mapping[str, Any]) -> bool:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
     except OSError as error:
-        raise UserError(f"The workdir {workdir} cannot be written: {error.strerror or error}.") from error
+        reason = f"there may be no such bucket: {error}" if is_remote(workdir) else error.strerror or error
+        raise UserError(f"The workdir {workdir} cannot be written: {reason}.") from error
     return fresh
 
 

@@ -109,6 +109,8 @@ def test_unknown_configs(config, says, refused, untouched):
         (["--config.seeds"], "Unknown argument '--config.seeds'."),
         (["seeds=3"], "Fields are set as --config.NAME=VALUE."),
         (["--num-processes=2"], "--num-processes and --process-id need --coordinator HOST:PORT"),
+        (["--profile=5"], "profile must be START:STOP or STAGE:START:STOP, such as 10:20 or kd:10:20, got '5'"),
+        (["--profile=dk:0:1"], "Unknown stage with steps in profile 'dk'. Did you mean 'dkd'?"),
         (["--num-processes=two"], "Argument --num-processes: invalid int value: 'two'."),
     ],
 )

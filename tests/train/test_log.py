@@ -15,7 +15,7 @@ from etils import epath
 
 from jkd import data, train
 from jkd.errors import UserError
-from jkd.train import log
+from jkd.train import chips, flops, log
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def said(monkeypatch, *, terminal: bool) -> io.StringIO:
     return text
 
 
-def test_lines_hold_rates_and_the_time_left(clock, monkeypatch):
+def test_lines_hold_the_rates_of_the_last_seconds_and_the_time_left(clock, monkeypatch):
     text = said(monkeypatch, terminal=False)
     meter = log.Meter("kd", 10, 110, 64, show=True)
     clock.now += 5  # the first step compiles: it is in no rate
@@ -45,14 +45,46 @@ def test_lines_hold_rates_and_the_time_left(clock, monkeypatch):
     clock.now += 10
     meter.stall(2.5)
     meter.update(31)  # 20 steps in 10 s, 79 to go
-    assert text.getvalue() == "kd: step 31/110, 128 images/s, 25.0 % waiting for data, ETA 40 s\n"
-    assert meter.rates() == {"steps_per_second": 2.0, "images_per_second": 128.0, "data_stall": 0.25}
+    line = "kd: step 31/110, 500 ms a step, 128 images/s, 25.0 % waiting for data, ETA 40 s\n"
+    assert text.getvalue() == line
+    assert meter.rates() == {"step_ms": 500.0, "images_per_second": 128.0, "data_stall": 0.25}
     clock.now += 9
     meter.update(49)
-    assert text.getvalue().count("\n") == 1  # one every ten seconds
+    assert text.getvalue() == line  # one every ten seconds
     clock.now += 1
-    meter.close(51)
-    assert text.getvalue().splitlines()[1] == "kd: 51/110 steps in 20.0 s, 128 images/s, 12.5 % waiting for data"
+    meter.update(71)  # 40 steps in 10 s, 60 in 20 s: 39 steps are left
+    line = "kd: step 71/110, 250 ms a step, 256 images/s, 0.0 % waiting for data, ETA 13 s"
+    assert text.getvalue().splitlines()[1] == line
+    meter.close(71)
+    line = "kd: 71/110 steps in 20.0 s, 333.3 ms a step, 192 images/s, 12.5 % waiting for data"
+    assert text.getvalue().splitlines()[2] == line
+
+
+def test_the_share_of_the_peak(clock, monkeypatch):
+    text = said(monkeypatch, terminal=False)
+    meter = log.Meter("kd", 0, 40, 8, show=True)
+    meter.account(3e12, 100e12)
+    meter.update(1)
+    clock.now += 2
+    meter.update(21)  # 20 steps of 3 TFLOP in 2 s: 30 of 100 TFLOP/s
+    assert meter.rates()["mfu"] == pytest.approx(0.3)
+    meter.close(21)
+    assert text.getvalue().endswith("100 ms a step, 80 images/s, 0.0 % waiting for data, 30.0 % MFU\n")
+
+
+def test_windows_and_what_is_no_part_of_a_step(clock):
+    meter = log.Meter("kd", 0, 40, 8, show=False)
+    meter.update(1)
+    clock.now += 1
+    meter.update(11)
+    assert meter.window()["step_ms"] == 100.0
+    with meter.aside():  # an evaluation
+        clock.now += 50
+    clock.now += 2
+    meter.stall(0.5)
+    meter.update(21)
+    assert meter.window() == {"step_ms": 200.0, "images_per_second": 40.0, "data_stall": 0.25}
+    assert meter.rates()["step_ms"] == 150.0
 
 
 def test_a_terminal_gets_a_bar(clock, monkeypatch):
@@ -83,6 +115,25 @@ def test_a_run_shows_its_progress(tmp_path, monkeypatch):
     train.run([toys.classifier(num_steps=3)], workdir=tmp_path, mesh=mesh, options=options)
     assert text.getvalue().startswith("teacher: 3/3 steps in ")
     assert " images/s, " in text.getvalue()
+    assert "MFU" not in text.getvalue()  # nobody knows the peak of a CPU
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_flops_are_counted_without_another_compilation(looped, tmp_path, monkeypatch):
+    said(monkeypatch, terminal=False)
+    found = []
+    monkeypatch.setattr(flops, "chip_of", lambda kind: chips.Chip("fake", 1e12, 1.0, 1.0))
+    monkeypatch.setattr(log.Meter, "account", lambda self, *seen: found.append(seen))
+    mesh = train.make_mesh(devices=jax.devices()[:2])
+    keys = jax.random.split(jax.random.key(0), 3)
+    stage = train.ensemble(toys.classifier(num_steps=5), keys, "loop" if looped else "vmap")
+    options = train.LoopOptions(checkpoint_every=0, tensorboard=False)
+    with toys.compiled() as names:
+        train.run([stage], workdir=tmp_path, mesh=mesh, options=options)
+    assert names.count("program") == 1
+    # Batch 16, 16 -> 32 -> 4: forward, the gradients of both layers' weights, and of the head's input; three members.
+    products = 2 * 16 * (16 * 32 + 32 * 4)
+    assert found == [(3 * (2 * products + 2 * 16 * 32 * 4), 2e12)]
 
 
 def test_a_log_that_was_cut_is_not_continued(tmp_path):
