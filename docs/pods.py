@@ -43,7 +43,7 @@ class Row:
     def plan(self) -> planner.StagePlan:
         """The plan, from the compiler or from what was planned before."""
         changes = {"data.blank": True, "batch_size": IMAGES * self.chips, "mesh.slices": self.slices, **self.changes}
-        config = cli.load_config(CONFIG, changes)
+        config = cli.load_config(f"{ROOT}/{CONFIG}", changes)
         return dict(planner.plan(config, self.topology, only=STAGE))[STAGE]
 
 
@@ -183,9 +183,11 @@ def checks(plans: Mapping[str, list[tuple[Row, planner.StagePlan]]]) -> list[str
 
 PAGE = """# Pods: one step on 4 to 512 chips
 
-Made by `python docs/pods.py` with {versions}; not to be edited. Nothing here was run: these are the programs of
-`{config}`, stage `{stage}` (a ResNet-34 teacher forward, a ResNet-18 student forward and back,
-224x224 images), compiled for TPUs that are not there, at {images} images a chip but for the last table. One row is
+Made by `python docs/pods.py` with {versions}; not to be edited.
+
+Nothing here was run: these are the programs of `{config}`, stage `{stage}` (a ResNet-34 teacher
+forward, a ResNet-18 student forward and back, 224x224 images), compiled for TPUs that are not there, at {images} images a
+chip but for the last table. One row is
 
     python -m experiments.plan --config {config} --stage {stage} --topology v5e:16x16 \\
       --config.batch_size={example} [--slices 2] [--config.mesh.fsdp=4]
@@ -194,15 +196,17 @@ All sizes are MiB a chip and all times ms a step. *HBM* is arguments + outputs -
 share of the chip's memory. *Wire* is what a chip sends to its slice, by ring algorithms, and *between slices* what it
 sends over the data-center network. *compute*, *memory*, *network* and *slices* are the least times that the chip's
 peaks allow (bfloat16 FLOP/s, HBM, all links to the slice, data-center network); the largest is the *bound*. A real
-step takes longer: nothing reaches its peak, and not all of it overlaps.
+step takes longer: nothing reaches its peak, not all of it overlaps, and a small slice has fewer links than its chips
+have ports. *memory* is the compiler's own count, in which on-chip memory counts too.
 
 {tables}
 ## What the tables show
 
 {checks}
 
-- **Weak scaling is flat**: a chip computes the same on any number of chips ({flops}), and sends 2 (n - 1) / n times the
-  gradients: {ring} MiB on 4 chips and never more than {limit} MiB, with a few KiB of batch statistics.
+- **Weak scaling is flat**: a chip computes the same on any number of chips ({flops}), and sends
+  2 (n - 1) / n times the gradients: {ring} MiB on 4 chips and never more than {limit} MiB, with some KiB of batch
+  statistics.
 - **Gradients are reduced in float32**: every all-reduce and reduce-scatter of the tables is `f32`. What FSDP gathers
   is `bf16` where the compiler rounds parameters for the matrix units before it sends them, not after.
 - **FSDP saves memory and costs network**: parameters are gathered for the pass forward and again for the pass back,
