@@ -185,9 +185,9 @@ PAGE = """# Pods: one step on 4 to 512 chips
 
 Made by `python docs/pods.py` with {versions}; not to be edited.
 
-Nothing here was run: these are the programs of `{config}`, stage `{stage}` (a ResNet-34 teacher
-forward, a ResNet-18 student forward and back, 224x224 images), compiled for TPUs that are not there, at {images} images a
-chip but for the last table. One row is
+Nothing here was run: these are the programs of `{config}`, stage `{stage}` (a ResNet-34
+teacher forward, a ResNet-18 student forward and back, 224x224 images), compiled for TPUs that are not there, at
+{images} images a chip but for the last table. One row is
 
     python -m experiments.plan --config {config} --stage {stage} --topology v5e:16x16 \\
       --config.batch_size={example} [--slices 2] [--config.mesh.fsdp=4]
