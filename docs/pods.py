@@ -181,6 +181,12 @@ def checks(plans: Mapping[str, list[tuple[Row, planner.StagePlan]]]) -> list[str
     ]
 
 
+def reduced_dtypes(plans: Mapping[str, list[tuple[Row, planner.StagePlan]]]) -> set[str]:
+    """The dtypes of everything that is added up over chips."""
+    found = (one for made in plans.values() for _, plan in made for one in plan.report.collectives)
+    return {one.dtype for one in found if one.kind in ("all-reduce", "reduce-scatter")}
+
+
 PAGE = """# Pods: one step on 4 to 512 chips
 
 Made by `python docs/pods.py` with {versions}; not to be edited.
@@ -207,10 +213,9 @@ have ports. *memory* is the compiler's own count, in which on-chip memory counts
 - **Weak scaling is flat**: a chip computes the same on any number of chips ({flops}), and sends
   2 (n - 1) / n times the gradients: {ring} MiB on 4 chips and never more than {limit} MiB, with some KiB of batch
   statistics.
-- **Gradients are reduced in float32**: every all-reduce and reduce-scatter of the tables is `f32`. What FSDP gathers
-  is `bf16` where the compiler rounds parameters for the matrix units before it sends them, not after.
-- **FSDP saves memory and costs network**: parameters are gathered for the pass forward and again for the pass back,
-  the teacher's once, within groups of 4 chips whatever the size of the pod; then the groups' gradients are added up.
+- **What is reduced is {reduced}**: the dtypes of all all-reduces and reduce-scatters, those of gradients among them.
+- **FSDP saves memory and costs network**: what it gathers and reduces within groups of 4 chips is beside the sums of
+  gradients in *wire by dtype*.
 - **Across slices** a chip sends only its own share of the gradients, which its slice has reduced before.
 """
 
@@ -241,6 +246,7 @@ def main() -> None:
         tables=tables,
         checks="\n".join(checks(plans)),
         flops=f"FLOPs differ by {max(flops) / min(flops) - 1:.2%}",
+        reduced=" and ".join(sorted(reduced_dtypes(plans))),
         ring=f"{flat[0].wire_bytes() / MIB:.1f}",
         limit=f"{2 * size_of(parameters(nn.resnet18(1000))['params']) / MIB:.1f}",
     )
