@@ -43,7 +43,7 @@ class Row:
     def plan(self) -> planner.StagePlan:
         """The plan, from the compiler or from what was planned before."""
         changes = {"data.blank": True, "batch_size": IMAGES * self.chips, "mesh.slices": self.slices, **self.changes}
-        config = cli.load_config(CONFIG, changes)
+        config = cli.load_config(f"{ROOT}/{CONFIG}", changes)
         return dict(planner.plan(config, self.topology, only=STAGE))[STAGE]
 
 
@@ -154,23 +154,21 @@ def split_bytes(tree: Any, ways: int) -> int:
 
 def checks(plans: Mapping[str, list[tuple[Row, planner.StagePlan]]]) -> list[str]:
     """What the tables should show, and what they do."""
-    student, teacher = parameters(nn.resnet18(1000)), parameters(nn.resnet34(1000))
-    gradients = size_of(student["params"])
+    whole = {row.topology: one for row, one in plans["Data parallelism"]}
     lines = []
     for row, one in [*plans["Data parallelism"], *plans["The shipped batch of 512 on 256 chips"]]:
         expected = flops_by_hand() * one.batch_size / row.chips
-        ring = 2 * (row.chips - 1) / row.chips * gradients
+        ring = 2 * (row.chips - 1) / row.chips * size_of(parameters(nn.resnet18(1000))["params"])
         sent = one.report.wire_bytes()
         lines.append(
             f"| {row.topology}, batch {one.batch_size:,} | {expected / 1e9:,.1f} | {one.report.flops / 1e9:,.1f} "
             f"({one.report.flops / expected - 1:+.1%}) | {ring / MIB:.2f} | {sent / MIB:.2f} ({sent / ring - 1:+.1%}) |"
         )
-    split = 2 * split_bytes(student["params"], 4) + split_bytes(teacher, 4)
-    saved = 3 / 4 * split
-    fsdp = plans["FSDP: parameters, optimizer state and teacher split over 4 chips"]
-    measured = [
-        f"{(whole.report.arguments - part.report.arguments) / MIB:.1f}"
-        for (_, whole), (_, part) in zip(plans["Data parallelism"], fsdp, strict=True)
+    split = 2 * split_bytes(parameters(nn.resnet18(1000))["params"], 4) + split_bytes(parameters(nn.resnet34(1000)), 4)
+    saved = [
+        f"{(whole[row.topology].report.arguments - one.report.arguments) / MIB:.1f} on {row.topology}"
+        for row, one in plans["FSDP: parameters, optimizer state and teacher split over 4 chips"]
+        if row.topology in whole
     ]
     return [
         "| plan | GFLOPs a chip by hand | by the compiler | gradients on the wire by hand, MiB | all collectives |",
@@ -178,16 +176,24 @@ def checks(plans: Mapping[str, list[tuple[Row, planner.StagePlan]]]) -> list[str
         *lines,
         "",
         f"FSDP over 4 chips splits arrays of {split / MIB:.1f} MiB: those of 16,384 numbers or more of the student's",
-        f"parameters, their momentum and the teacher. So the arguments should shrink by {saved / MIB:.1f} MiB a chip;",
-        f"they shrink by {', '.join(measured)} MiB on {', '.join(CHIPS)}.",
+        "parameters, their momentum and the teacher. The arguments of a chip should shrink by three quarters of that,",
+        f"{3 / 4 * split / MIB:.1f} MiB. They shrink by {', '.join(saved)}.",
     ]
+
+
+def reduced_dtypes(plans: Mapping[str, list[tuple[Row, planner.StagePlan]]]) -> set[str]:
+    """The dtypes of everything that is added up over chips."""
+    found = (one for made in plans.values() for _, plan in made for one in plan.report.collectives)
+    return {one.dtype for one in found if one.kind in ("all-reduce", "reduce-scatter")}
 
 
 PAGE = """# Pods: one step on 4 to 512 chips
 
-Made by `python docs/pods.py` with {versions}; not to be edited. Nothing here was run: these are the programs of
-`{config}`, stage `{stage}` (a ResNet-34 teacher forward, a ResNet-18 student forward and back,
-224x224 images), compiled for TPUs that are not there, at {images} images a chip but for the last table. One row is
+Made by `python docs/pods.py` with {versions}; not to be edited.
+
+Nothing here was run: these are the programs of `{config}`, stage `{stage}` (a ResNet-34
+teacher forward, a ResNet-18 student forward and back, 224x224 images), compiled for TPUs that are not there, at
+{images} images a chip but for the last table. One row is
 
     python -m experiments.plan --config {config} --stage {stage} --topology v5e:16x16 \\
       --config.batch_size={example} [--slices 2] [--config.mesh.fsdp=4]
@@ -196,20 +202,20 @@ All sizes are MiB a chip and all times ms a step. *HBM* is arguments + outputs -
 share of the chip's memory. *Wire* is what a chip sends to its slice, by ring algorithms, and *between slices* what it
 sends over the data-center network. *compute*, *memory*, *network* and *slices* are the least times that the chip's
 peaks allow (bfloat16 FLOP/s, HBM, all links to the slice, data-center network); the largest is the *bound*. A real
-step takes longer: nothing reaches its peak, and not all of it overlaps.
+step takes longer: nothing reaches its peak, not all of it overlaps, and a small slice has fewer links than its chips
+have ports. *memory* is the compiler's own count, in which on-chip memory counts too.
 
 {tables}
 ## What the tables show
 
 {checks}
 
-- **Weak scaling is flat**: a chip computes and moves the same on 4 chips and on 256 ({flops}), and sends
-  2 (n - 1) / n times the gradients: {ring} MiB on 4 chips and never more than {limit} MiB. The step's bound stays
-  the same; the network would bound it only at a small share of {images} images a chip.
-- **Gradients are reduced in float32**: every all-reduce and reduce-scatter of the tables is `f32`. What FSDP gathers
-  is `bf16` where the compiler rounds parameters for the matrix units before it sends them, not after.
-- **FSDP saves memory and costs network**: parameters are gathered for the pass forward and again for the pass back,
-  the teacher's once, within groups of 4 chips whatever the size of the pod; then the groups' gradients are added up.
+- **Weak scaling is flat**: a chip computes the same on any number of chips ({flops}), and sends
+  2 (n - 1) / n times the gradients: {ring} MiB on 4 chips and never more than {limit} MiB, with some KiB of batch
+  statistics.
+- **What is reduced is {reduced}**: the dtypes of all all-reduces and reduce-scatters, those of gradients among them.
+- **FSDP saves memory and costs network**: what it gathers and reduces within groups of 4 chips is beside the sums of
+  gradients in *wire by dtype*.
 - **Across slices** a chip sends only its own share of the gradients, which its slice has reduced before.
 """
 
@@ -240,6 +246,7 @@ def main() -> None:
         tables=tables,
         checks="\n".join(checks(plans)),
         flops=f"FLOPs differ by {max(flops) / min(flops) - 1:.2%}",
+        reduced=" and ".join(sorted(reduced_dtypes(plans))),
         ring=f"{flat[0].wire_bytes() / MIB:.1f}",
         limit=f"{2 * size_of(parameters(nn.resnet18(1000))['params']) / MIB:.1f}",
     )

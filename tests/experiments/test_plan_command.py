@@ -89,7 +89,8 @@ def test_what_fsdp_gathers_and_saves(capsys):
     wide = ("--stage", "teacher", "--config.teacher.hidden=2048,", "--config.batch_size=8")
     whole = planned(capsys, *wide)[0]["teacher"]
     split = planned(capsys, *wide, "--config.mesh.fsdp=8")[0]["teacher"]
-    assert split["arguments"] < whole["arguments"] / 2
+    # Of two seeds, both kernels and their momentum are split eight ways; the biases are too small.
+    assert whole["arguments"] - split["arguments"] == 2 * 2 * 4 * (64 * 2048 + 2048 * 10) * 7 // 8
     assert "all-gather" in {one["kind"] for one in split["collectives"]}
     assert "all-gather" not in {one["kind"] for one in whole["collectives"]}
 

@@ -61,3 +61,4 @@ def test_the_page(pods, monkeypatch, tmp_path):
     assert "| v5e:8x8 x 2 | slice=2 data=64 | 8,192 |" in page
     assert "all-reduce f32 88.8" in page  # 2 x 255/256 of 44.6 MiB
     assert "(+0.0%) |" in page
+    assert "What is reduced is f32" in page
