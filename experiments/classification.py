@@ -194,6 +194,7 @@ def transformed(config: ConfigDict, task: Task, stage: train.Stage) -> train.Sta
         raise UserError(
             f"microbatches must be >= 1 and divide batch_size={config.batch_size}, got {config.microbatches}."
         )
+    check_numbers(config.average, "average", nonnegative=("start_epoch", "decay"))
     if config.remat:
         stage = train.remat(stage)
     if config.microbatches > 1:
@@ -202,7 +203,6 @@ def transformed(config: ConfigDict, task: Task, stage: train.Stage) -> train.Sta
         return stage
     if config.average.kind not in train.AVERAGES:
         raise unknown("average.kind", config.average.kind, ("none", *train.AVERAGES))
-    check_numbers(config.average, "average", nonnegative=("start_epoch", "decay"))
     start = round(config.average.start_epoch * steps_of(config, task, 1)[1])
     return train.average(stage, config.average.kind, decay=config.average.decay, start=start)
 

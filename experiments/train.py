@@ -55,8 +55,9 @@ def make_mesh(config: Any) -> Mesh:
     for name in ("batch_size", "eval_batch_size"):  # before anything is written
         if name in config:
             check_batch_size(config[name], mesh, name)
-    if config.get("microbatches", 1) > 1:
-        check_batch_size(config.batch_size // config.microbatches, mesh, "batch_size / microbatches")
+    parts = config.get("microbatches", 1)
+    if parts > 1 and config.batch_size % parts == 0:  # the rest is for the method to refuse
+        check_batch_size(config.batch_size // parts, mesh, "batch_size / microbatches")
     return mesh
 
 
