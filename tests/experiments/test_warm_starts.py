@@ -120,7 +120,7 @@ def test_a_run_without_its_sources_goes_on(orphan, tmp_path):
     assert listing(workdir) == before
 
 
-MESHES = ({"data": 1}, {"data": 2, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4})
+MESHES = ({"data": 1}, {"data": 2}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
 @pytest.fixture(scope="module")
