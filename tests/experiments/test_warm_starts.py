@@ -42,11 +42,13 @@ def test_every_seed_starts_from_its_own(mode, smoke, teacher, tmp_path, capsys):
     assert line.startswith(f"Warm start of the student from {smoke}:kd: 4 of 4 leaves taken (0 cast), 0 left as init")
 
 
-def test_a_file_starts_all_seeds_but_for_what_rules_drop(smoke, teacher, tmp_path, capsys):
+def test_a_file_starts_all_seeds_but_for_what_rules_drop_and_a_teacher_goes_on(smoke, tmp_path, capsys):
     one = jax.tree.map(lambda x: x[1], published(smoke, "kd"))
     save_safetensors(tmp_path / "kd.safetensors", {"net": one["params"]})
     rules = ("student.init_rules=head.* ->, ^net -> params", f"student.init_from={tmp_path / 'kd.safetensors'}")
-    workdir = run(tmp_path / "run", *STILL, teacher, *rules)
+    going = ("teacher.lr=1e-30", "teacher.weight_decay=0", f"teacher.init_from={smoke}:teacher")
+    workdir = run(tmp_path / "run", *STILL, *going, *rules)
+    assert equal(published(workdir, "teacher"), published(smoke, "teacher"))
     found, cold = published(workdir, "ce")["params"], published(smoke, "ce")["params"]
     assert list(found) == list(one["params"])
     for name, layer in found.items():
@@ -58,12 +60,6 @@ def test_a_file_starts_all_seeds_but_for_what_rules_drop(smoke, teacher, tmp_pat
     out = capsys.readouterr().err
     assert says in out
     assert "net/head/kernel" in out
-
-
-def test_a_teacher_goes_on_from_another(smoke, tmp_path):
-    still = ("teacher.lr=1e-30", "teacher.weight_decay=0", "only=teacher")
-    workdir = run(tmp_path / "run", *still, f"teacher.init_from={smoke}:teacher")
-    assert equal(published(workdir, "teacher"), published(smoke, "teacher"))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +116,7 @@ def test_a_run_without_its_sources_goes_on(orphan, tmp_path):
     assert listing(workdir) == before
 
 
-MESHES = ({"data": 1}, {"data": 2, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4})
+MESHES = ({"data": 1}, {"data": 2}, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
 @pytest.fixture(scope="module")

@@ -58,3 +58,14 @@ def test_another_machine_may_have_its_data_elsewhere(tmp_path):
     assert '"data_dir": "/there"' in (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(UserError, match="another config: data.name was digits and is letters. Give the config"):
         go(tmp_path / "run", config("/there", "letters"))
+
+
+def test_what_a_stage_reads_elsewhere_is_checked_before_anything_is_written(tmp_path):
+    def gone():
+        raise UserError("the teacher is gone")
+
+    with pytest.raises(UserError, match="the teacher is gone"):
+        go(tmp_path / "run", {}, check=gone)
+    assert not (tmp_path / "run").exists()
+    go(tmp_path / "run", {})
+    assert go(tmp_path / "run", {}, check=gone)["teacher"]["steps"] == 2  # finished: it needs nothing more
