@@ -24,6 +24,7 @@ from jkd import nn  # noqa: E402
 
 CONFIG, STAGE, IMAGES = "configs/energy_kd.py:imagenet", "energy_kd", 64  # images a chip
 CHIPS = {"v5e:2x2": 4, "v5e:4x4": 16, "v5e:8x8": 64, "v5e:16x16": 256}
+EXECUTION = ("precision", "remat", "microbatches")
 MIB = 1024**2
 
 
@@ -60,8 +61,8 @@ TABLES = {
     "The shipped batch of 512 on 256 chips": [Row("v5e:16x16", changes={"batch_size": 512})],
 }
 HEADER = (
-    "topology", "mesh, changes", "batch", "HBM", "arguments", "temporaries", "GFLOPs", "wire by dtype", "between slices",
-    "compute", "memory", "network", "slices", "bound", "images/s a chip", "images/s",
+    "topology", "mesh, changes", "batch", "HBM", "arguments", "temporaries", "GFLOPs", "wire by dtype",
+    "between slices", "compute", "memory", "network", "slices", "bound", "images/s a chip", "images/s",
 )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def line(row: Row, one: planner.StagePlan) -> list[str]:
     report, times = one.report, one.report.roofline()
     slices = f" x {row.slices}" if row.slices > 1 else ""
     split = {name.removeprefix("mesh."): size for name, size in row.changes.items() if name.startswith("mesh.")}
-    others = [f"{name}={value}" for name, value in row.changes.items() if name in ("precision", "remat", "microbatches")]
+    others = [f"{name}={value}" for name, value in row.changes.items() if name in EXECUTION]
     ways = {"slice": row.slices, "data": row.chips // row.slices, **split}
     ways["data"] //= split.get("fsdp", 1) * split.get("tensor", 1)
     rate = one.images_per_second() or 0.0
@@ -219,8 +220,8 @@ have ports. *memory* is the compiler's own count, in which on-chip memory counts
   2 (n - 1) / n times the gradients: {ring} MiB on 4 chips and never more than {limit} MiB, with some KiB of batch
   statistics.
 - **What is reduced is {reduced}**: the dtypes of all all-reduces and reduce-scatters, those of gradients among them.
-- **bfloat16 keeps float32 sums**, and moves fewer bytes. Rematerialization trades FLOPs for temporary memory, micro-batches
-  trade launches for it; XLA sums their gradients over the chips once a step.
+- **bfloat16 keeps float32 sums**, and moves fewer bytes. Rematerialization trades FLOPs for temporary memory,
+  micro-batches trade larger products for it; XLA sums their gradients over the chips once a step.
 - **FSDP saves memory and costs network**: what it gathers and reduces within groups of 4 chips is beside the sums of
   gradients in *wire by dtype*.
 - **Across slices** a chip sends only its own share of the gradients, which its slice has reduced before.
