@@ -264,6 +264,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, *, keep: int = 3):
         self._directory, self._keep = directory, keep
         self._manager = self._open()
+        self._under_way = max(self._manager.all_steps(), default=0)
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -271,8 +272,8 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Starts writing `tree` and JSON-able `meta` as checkpoint `step`.
+    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> int:
+        """Starts writing `tree` and JSON-able `meta` as checkpoint `step`; returns the one before, now complete.
 
         Raises:
           UserError: if the step is there already, or the tree holds a NaN.
@@ -287,6 +288,8 @@ class Checkpoints:
             ),
             force=True,
         )
+        complete, self._under_way = self._under_way, step
+        return complete
 
     def restore_newest(self, target: Any, say: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
         """Restores the newest checkpoint that reads back bit for bit, or None where there is none.

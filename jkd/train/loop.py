@@ -1,5 +1,6 @@
 """The loop: runs a list of stages with checkpoints, logs, evaluation and exact resumption."""
 
+import functools
 import os
 import time
 import zlib
@@ -30,10 +31,12 @@ from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import read_outcome
 from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
+from jkd.train.peers import Peers
 from jkd.train.processes import barrier, on_chief
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage, check_stages
+from jkd.train.watchdog import Progress, Watchdog
 
 
 def run(
@@ -72,11 +75,12 @@ def run(
         raise UserError(f"log_every must be >= 1 steps, got {log_every}.")
     mesh = make_mesh() if mesh is None else mesh
     folder = workdirs.folder_of(workdir)
-    fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
-    with StopRequest() as stop:
+    options, progress = options or LoopOptions(), Progress()
+    peers = Peers(progress, options.peer_timeout)
+    with StopRequest() as stop, peers, Watchdog(progress, options.hang_timeout, peers.tell):
+        fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
         key = jax.random.key(seed)
-        options = options or LoopOptions()
-        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop)
+        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop, progress)
         try:
             return _run_stages(ctx, stages)
         except UserError as error:
@@ -90,7 +94,6 @@ def _run_stages(ctx: Context, stages: Sequence[Stage]) -> dict[str, dict[str, An
     for index, stage in enumerate(stages):
         ctx.residents.next_stage()
         results[stage.name] = _StageRun(ctx, stages, index).result()
-        ctx.steps_before += stage.num_steps
         ctx.begun = True
     return results
 
@@ -121,12 +124,14 @@ class _StageRun:
 
     def _train(self, checkpoint_folder: epath.Path) -> None:
         ctx, stage = self.ctx, self.stage
+        ctx.progress.at("prepare", stage=stage.name, step=0, saved=0)
         previous = self._previous()
         key = self._key()
         ctx.stop_if_asked(f"prepare of stage {stage.name!r}")
         members = self._members(key, previous, self._prepared(key, previous))
         ctx.stop_if_asked(f"init of stage {stage.name!r}")
         self.members = members
+        ctx.progress.at("init, or restoring a checkpoint")
         self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
         try:
             self._resume_or_create()
@@ -192,6 +197,7 @@ class _StageRun:
         for m, carry in zip(self.members, carries, strict=True):
             m.carry = carry
         self.t, self.history, self._offset = meta["t"], meta["history"], meta["log_offset"]
+        self.ctx.progress.at("the first step", step=self.t, saved=self.t)
         self.ctx.say(f"Stage {self.stage.name}: resuming at step {self.t}.")
 
     def _offset_before(self) -> int:
@@ -239,6 +245,7 @@ class _StageRun:
                     m.carry, report = call(*args)
                     reports.append(report)
                 self.t += 1
+                ctx.progress.at("training", step=self.t)
                 self._settle()
                 self._open = (self.t, reports)
                 meter.update(self.t)
@@ -303,7 +310,7 @@ class _StageRun:
             self._save()
 
     def _stop_if_asked(self) -> None:
-        if not self.ctx.stop.reached(self.ctx.steps_before + self.t):
+        if not self.ctx.stop.reached():
             return
         if self.t not in self.checkpoints.steps():
             self._save()
@@ -323,7 +330,9 @@ class _StageRun:
             "history": jsonable(self.history),
             "log_offset": self._agreed_offset(),
         }
-        self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
+        self.ctx.progress.at("saving a checkpoint")
+        saved = self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
+        self.ctx.progress.at("training", saved=saved)
 
     def _check_state(self) -> None:
         for m in self.members:
@@ -352,13 +361,15 @@ class _StageRun:
             self._write(self.t, {"evaluation": found})
 
     def _evaluate_one(self, name: str, published: Any) -> Mapping[str, Any]:
-        mesh, residents, evaluator = self.ctx.mesh, self.ctx.residents, self.stage.evaluators[name]
+        evaluator = self.stage.evaluators[name]
+        watch = functools.partial(self.ctx.progress.at, f"evaluator {name}")
+        named: Any = {"mesh": self.ctx.mesh, "residents": self.ctx.residents, "watch": watch}
         sources = [m.evaluation_sources[name] for m in self.members]
         if self.stage.looped:
             consts = [m.consts for m in self.members]
-            return evaluate_members(evaluator, published, consts, mesh=mesh, residents=residents, sources=sources)
+            return evaluate_members(evaluator, published, consts, sources=sources, **named)
         consts = self.members[0].consts
-        return evaluate(evaluator, published, consts, mesh=mesh, residents=residents, source=sources[0])
+        return evaluate(evaluator, published, consts, source=sources[0], **named)
 
     def _remember(self, found: Mapping[str, Any]) -> None:
         self.metrics.update(found)
@@ -382,5 +393,6 @@ class _StageRun:
         }
         if self.events is not None:
             self.events.close()
+        self.ctx.progress.at("saving the outcome")
         save_plain(self.folder / "outcome", self._publish(), info, mesh=self.ctx.mesh, rules=self.ctx.rules)
         barrier(f"outcome-{self.index}")
