@@ -81,7 +81,7 @@ class Context:
             self.progress.at("a sweep of prepare")
             self.stop_if_asked("the end of a sweep")
 
-        named = {"mesh": self.mesh, "residents": self.residents, "rules": self.rules, "watch": watch}
+        named: Any = {"mesh": self.mesh, "residents": self.residents, "rules": self.rules, "watch": watch}
         return sweep(fn, args, source, key, **named)
 
     def stop_if_asked(self, before: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class JsonLines:
     Remote file systems cannot append: there the whole file is written anew with every line.
     """
 
-    def __init__(self, path: epath.Path, offset: int):
+    def __init__(self, path: epath.Path, offset: int, check: int | None = None):
         self._path, self.offset = path, offset
         self._remote = b"" if "://" in str(path) else None
         if not path.exists():
@@ -50,15 +51,24 @@ class JsonLines:
                 f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes): restore the file, or start "
                 "again in a new workdir."
             )
+        with path.open("rb") as file:
+            known = file.read(offset)
+        self.check = zlib.crc32(known)
+        if check not in (None, self.check):
+            raise UserError(
+                f"{path} is not what the checkpoint saw (its first {offset} bytes were altered): restore the file, or "
+                "start again in a new workdir."
+            )
         if self._remote is not None:
-            self._remote = path.read_bytes()[:offset] if offset else b""
+            self._remote = known
         elif size > offset:
             os.truncate(path, offset)  # in place: a kill here leaves the old length or the new one
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; `offset` counts the bytes so far."""
+        """Appends one record; `offset` counts the bytes so far, `check` is their CRC-32."""
         line = (json.dumps(jsonable(record)) + "\n").encode()
         self.offset += len(line)
+        self.check = zlib.crc32(line, self.check)
         if self._remote is not None:
             self._remote += line
             self._path.write_bytes(self._remote)

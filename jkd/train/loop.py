@@ -82,7 +82,8 @@ def run(
         key = jax.random.key(seed)
         ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop, progress)
         try:
-            return _run_stages(ctx, stages)
+            with workdirs.storage_errors(folder):
+                return _run_stages(ctx, stages)
         except UserError as error:
             if fresh and not ctx.begun and not isinstance(error, Preempted):
                 workdirs.disclaim(folder)
@@ -191,25 +192,25 @@ class _StageRun:
             init = self.members[0].initializer(self.stage)
             for m in self.members:
                 m.create(init)
-            self._offset = self._offset_before()
+            self._log = self._log_before()
             return
         carries, meta = restored
         for m, carry in zip(self.members, carries, strict=True):
             m.carry = carry
-        self.t, self.history, self._offset = meta["t"], meta["history"], meta["log_offset"]
+        self.t, self.history, self._log = meta["t"], meta["history"], meta
         self.ctx.progress.at("the first step", step=self.t, saved=self.t)
         self.ctx.say(f"Stage {self.stage.name}: resuming at step {self.t}.")
 
-    def _offset_before(self) -> int:
+    def _log_before(self) -> Mapping[str, Any]:
         if self.index == 0:
-            return 0
+            return {"log_offset": 0}
         last = workdirs.stage_folder(self.ctx.workdir, self.index - 1, self.stages[self.index - 1].name)
-        return load_meta(last / "outcome")["log_offset"]
+        return load_meta(last / "outcome")
 
     def _open_logs(self) -> None:
         self.lines = self.events = None
-        path, offset = self.ctx.workdir / "metrics.jsonl", self._offset
-        self.lines = on_chief(lambda: JsonLines(path, offset))
+        path, log = self.ctx.workdir / "metrics.jsonl", self._log
+        self.lines = on_chief(lambda: JsonLines(path, log["log_offset"], log.get("log_check")))
         if self.ctx.chief and self.ctx.options.tensorboard:
             self.events = Events(self.ctx.workdir / "tensorboard" / self.folder.name, self.t + 1)
 
@@ -328,7 +329,7 @@ class _StageRun:
             "t": self.t,
             "stage": self.stage.name,
             "history": jsonable(self.history),
-            "log_offset": self._agreed_offset(),
+            **self._log_so_far(),
         }
         self.ctx.progress.at("saving a checkpoint")
         saved = self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
@@ -338,8 +339,8 @@ class _StageRun:
         for m in self.members:
             check_no_nan(m.carry.state, f"After the last step of stage {self.stage.name!r}")
 
-    def _agreed_offset(self) -> int:
-        return 0 if self.lines is None else self.lines.offset
+    def _log_so_far(self) -> dict[str, int]:
+        return {} if self.lines is None else {"log_offset": self.lines.offset, "log_check": self.lines.check}
 
     def _publish(self) -> Any:
         outs = []
@@ -389,7 +390,7 @@ class _StageRun:
             "metrics": jsonable(self.metrics),
             "history": jsonable(self.history),
             "members": self.stage.members,
-            "log_offset": self._agreed_offset(),
+            **self._log_so_far(),
         }
         if self.events is not None:
             self.events.close()

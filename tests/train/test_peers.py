@@ -78,7 +78,7 @@ def kill(one):
 
 
 def test_a_lost_process_is_named_to_all_others(group, ended):
-    zero, one, two = group()
+    _, one, _ = group()
     kill(one)
     line, code = ended.wait()
     assert code == EXIT_LOST
@@ -93,7 +93,7 @@ def test_a_lost_process_is_named_to_all_others(group, ended):
 
 
 def test_the_loss_of_the_first_process_is_seen_by_itself(group, ended):
-    zero, one = group(2)
+    zero, _ = group(2)
     kill(zero)
     line, code = ended.wait()
     assert code == EXIT_LOST
@@ -109,7 +109,7 @@ def test_processes_that_are_done_are_not_lost(group, ended):
 
 
 def test_an_error_of_one_process_ends_the_others_when_they_do_not_end_themselves(group, ended):
-    zero, one, two = group()
+    _, one, _ = group()
     close(one, UserError("the disk is full"))
     assert peers.left_alone(), "the others did not leave with it"
     line, code = ended.wait()
@@ -151,18 +151,19 @@ def test_the_kernel_watches_the_hosts(group):
 # --- the watchdog ---
 
 
-def test_a_run_that_stands_still_ends_with_where_it_hangs(ended, monkeypatch, capfd):
-    monkeypatch.setattr(watchdog.sys, "__stderr__", open(2, "w", closefd=False))
+def test_a_run_that_stands_still_ends_with_where_it_hangs(ended, monkeypatch, tmp_path):
     told = []
     progress = Progress()
-    with Watchdog(progress, 0.2, lambda line, code: told.append((line, code))):
-        progress.at("training", stage="teacher", step=7, saved=5)
-        line, code = ended.wait()
+    with (tmp_path / "err").open("w") as err:
+        monkeypatch.setattr(watchdog.sys, "__stderr__", err)
+        with Watchdog(progress, 0.2, lambda line, code: told.append((line, code))):
+            progress.at("training", stage="teacher", step=7, saved=5)
+            line, code = ended.wait()
     assert told[0] == (line, code)
     assert code == EXIT_HUNG
     assert "hangs in stage 'teacher', step 7, training" in line
     assert "go on from step 5 of stage 'teacher'" in line
-    assert "test_a_run_that_stands_still" in capfd.readouterr().err, "the stack of this thread"
+    assert "test_a_run_that_stands_still" in (tmp_path / "err").read_text(), "the stack of this thread"
 
 
 def test_slow_progress_is_no_hang(ended):

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import signal
-import sys
 import time
 
 import jax
