@@ -69,7 +69,7 @@ class Peers:
         if self._active:
             _delay_aborts()
             self._selector = selectors.DefaultSelector()
-            listener = socket.create_server(("", 0)) if self._process == 0 else None
+            listener = _listen() if self._process == 0 else None
             offer = json.loads(from_chief("" if listener is None else json.dumps(_offer(listener))))
             self._token = offer["token"]
             if listener is not None:
@@ -92,8 +92,9 @@ class Peers:
         failed = error is not None and not isinstance(error, Preempted)
         try:
             if failed:
-                self._tell_all(**_goodbye(error, self._timeout))
-                self._wait_for_others()
+                message = _goodbye(error, self._timeout)
+                self._tell_all(**message)
+                self._wait_for_others(message["grace"] + DOUBT)
             else:
                 self._tell_all(bye="")
         finally:
@@ -103,9 +104,9 @@ class Peers:
                 key.fileobj.close()  # type: ignore[union-attr]
             self._selector.close()
 
-    def _wait_for_others(self) -> None:
+    def _wait_for_others(self, seconds: float) -> None:
         # Whoever met the same error says so too, and all leave together; the others end when their time is over.
-        until = time.monotonic() + self._timeout + DOUBT
+        until = time.monotonic() + seconds
         while any(not link.bye for link in self._links) and time.monotonic() < until and not _left_alone.is_set():
             time.sleep(0.05)
         if any(not link.bye for link in self._links):
@@ -222,6 +223,12 @@ def _goodbye(error: BaseException | None, timeout: float) -> dict[str, Any]:
     if isinstance(error, KeyboardInterrupt):
         return {"bye": "it was interrupted", "code": EXIT_INTERRUPTED, "grace": 0}
     return {"bye": f"{type(error).__name__}: {text}", "code": 1, "grace": CRASHED}
+
+
+def _listen() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _offer(listener: socket.socket) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Processes that watch each other: told apart are a lost one, one that ended with an error, and one that is done."""
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
 
 import pytest
+import toys
+from toys import QUIET
 
+from jkd import data, train
 from jkd.errors import EXIT_HUNG, EXIT_LOST, EXIT_USER_ERROR, UserError
 from jkd.train import peers, watchdog
 from jkd.train.watchdog import Progress, Watchdog
@@ -148,6 +152,13 @@ def test_the_kernel_watches_the_hosts(group):
         assert idle + interval * count <= 60
 
 
+def test_a_crash_stays_until_the_others_have_said_so(group, ended, monkeypatch):
+    monkeypatch.setattr(peers, "CRASHED", 0.5)
+    _, one = group(2)
+    close(one, KeyError("boom"))
+    assert ended[0] == (f"process 1 ({socket.gethostname()}) ended: KeyError: 'boom'", 1)
+
+
 # --- the watchdog ---
 
 
@@ -164,6 +175,31 @@ def test_a_run_that_stands_still_ends_with_where_it_hangs(ended, monkeypatch, tm
     assert "hangs in stage 'teacher', step 7, training" in line
     assert "go on from step 5 of stage 'teacher'" in line
     assert "test_a_run_that_stands_still" in (tmp_path / "err").read_text(), "the stack of this thread"
+
+
+def test_a_source_that_never_answers_is_a_hang(ended, tmp_path, monkeypatch):
+    armed: list[bool] = []
+
+    class Stuck(data.MemorySource):
+        def local(self, t, rows=None):
+            if t == 3 and armed:
+                ended.wait()
+            return super().local(t, rows)
+
+    stage = toys.classifier(num_steps=5, data=lambda consts: Stuck(toys.DIGITS, 16, seed=3), evaluators={})
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda file: None)
+    toys.go([stage], tmp_path / "warm", options=QUIET)  # compiled: a slow machine is no hang
+    armed.append(True)
+    toys.go([stage], tmp_path / "run", options=dataclasses.replace(QUIET, hang_timeout=1.0))
+    line, code = ended[0]
+    assert code == EXIT_HUNG
+    assert "hangs in stage 'teacher', step 3, training" in line
+
+
+@pytest.mark.parametrize("field", ["peer_timeout", "hang_timeout"])
+def test_negative_times_are_refused(field):
+    with pytest.raises(UserError, match=f"must be >= 0 seconds .*{field}=-1.0"):
+        train.LoopOptions(**{field: -1.0})
 
 
 def test_slow_progress_is_no_hang(ended):

@@ -107,7 +107,7 @@ def two_stages() -> list[train.Stage]:
 
 
 def count_labels(key, previous, sweep):
-    return {"labels": np.bincount(sweep(take_label, {}, data.MemorySource(DIGITS, 16)))}
+    return {"share": np.bincount(sweep(take_label, {}, data.MemorySource(DIGITS, 16))) / len(DIGITS)}
 
 
 def take_label(args, batch, key):
