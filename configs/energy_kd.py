@@ -103,6 +103,7 @@ def digits() -> ConfigDict:
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "slices": 1})
     config.loop = ConfigDict({"checkpoint_every": 500, "keep": 3, "progress": True, "tensorboard": True})
+    config.loop.peer_timeout, config.loop.hang_timeout = 60.0, 1800.0  # seconds; 0: off; see docs/reliability.md
     config.loop.workers, config.loop.prefetch = 4, 4  # threads that read what does not fit in memory; batches ahead
     return config
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -15,7 +16,8 @@ import jax
 import ml_collections
 from etils import epath
 
-from jkd.errors import UserError, nearest, unknown
+from jkd.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError, nearest, unknown
+from jkd.train.peers import left_alone
 from jkd.train.workdir import (
     EXECUTION_FIELDS,
     check_writable,
@@ -236,11 +238,19 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except Preempted as stop:
-        print(f"jkd: {stop}", file=sys.stderr)
-        sys.exit(143)
+        _end(f"{stop}", EXIT_STOPPED)
     except UserError as error:
-        print(f"jkd: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        print("jkd: interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted; run the same command again to go on from the last checkpoint", EXIT_INTERRUPTED)
+    except Exception:
+        if not left_alone():
+            raise
+        _end(traceback.format_exc(), 1)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    print(f"jkd: {line}", file=sys.stderr, flush=True)
+    if left_alone():  # JAX would wait for the other processes, and abort
+        os._exit(code)
+    sys.exit(code)

@@ -21,7 +21,7 @@ from jkd import train
 from jkd.errors import UserError
 from jkd.train.log import jsonable
 from jkd.train.mesh import check_batch_size
-from jkd.train.workdir import write_text
+from jkd.train.workdir import storage_errors, write_text
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -92,9 +92,10 @@ def run(config: Any, workdir: str, *, show: bool = True, profile: str = "") -> d
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
     }
     if jax.process_index() == 0:
-        write_text(epath.Path(workdir) / "results.json", json.dumps(results, indent=1) + "\n")
-        if show:
-            report.show(results, workdir)
+        with storage_errors(epath.Path(workdir)):
+            write_text(epath.Path(workdir) / "results.json", json.dumps(results, indent=1) + "\n")
+            if show:
+                report.show(results, workdir)
     return results
 
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from jkd.errors import UserError, nearest, unknown
 
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 CHUNK = 1024
+AGAIN = "Get the file again, or prepare the set again."
 
 
 class RecordRows(Rows):
@@ -43,6 +44,7 @@ class RecordRows(Rows):
         self._labels_path = _labels_path(builder, split)
         sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
         self.parts = tuple((name, rows.start, rows.stop) for name, rows in slices(split, sizes))
+        self._files = _files(builder, self.parts)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -52,17 +54,21 @@ class RecordRows(Rows):
         """The class of every row: read through once, then kept in the cache folder."""
         if self._labels_path.exists():
             return np.load(self._labels_path)
-        labels = np.concatenate([np.array([record["label"] for record in chunk], np.int32) for chunk in self._chunks()])
+        chunks = (self._fetch(rows) for rows in _ranges(len(self)))
+        labels = np.concatenate([np.array([record["label"] for record in chunk], np.int32) for chunk in chunks])
         write_atomically(self._labels_path, labels)
         return labels
 
     def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
         """Reads `rows` in one request; see `Rows.read`."""
-        records = self._records.__getitems__(np.asarray(rows).tolist())
+        records = self._fetch(rows)
         out = np.empty((len(records), *self.shape), np.uint8)
         for i, record in enumerate(records):
             position = None if seed is None or positions is None else int(positions[i])
-            out[i] = self._pixels(record["image"], seed, position)
+            try:
+                out[i] = self._pixels(record["image"], seed, position)
+            except Exception as error:
+                raise self._damaged(int(rows[i]), error) from error
         return {"image": out, "label": np.array([record["label"] for record in records], np.int32)}
 
     def in_memory(self) -> ArrayRows:
@@ -70,8 +76,32 @@ class RecordRows(Rows):
         chunks = [self.read(rows) for rows in _ranges(len(self))]
         return ArrayRows(*(np.concatenate([chunk[name] for chunk in chunks]) for name in ("image", "label")))
 
-    def _chunks(self) -> Iterator[list[Any]]:
-        return (self._records.__getitems__(rows.tolist()) for rows in _ranges(len(self)))
+    def _fetch(self, rows: np.ndarray) -> list[Any]:
+        wanted = np.asarray(rows).tolist()
+        try:
+            return self._records_at(wanted)
+        except Exception as error:
+            raise self._damaged(next(filter(self._fails, wanted), wanted[0]), error) from error
+
+    def _records_at(self, rows: list[int]) -> list[Any]:
+        found = self._records.__getitems__(rows)
+        if any(record["label"] is None for record in found):
+            raise ValueError("it is truncated")  # what is beyond the end is read as an empty record
+        return found
+
+    def _fails(self, row: int) -> bool:
+        try:
+            self._records_at([row])
+        except Exception:
+            return True
+        return False
+
+    def _damaged(self, row: int, error: Exception) -> UserError:
+        """The error for a row that cannot be read: names its file."""
+        ends = np.cumsum([count for _, count in self._files])
+        file = self._files[int(np.searchsorted(ends, row, side="right"))][0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return UserError(f"Row {row} of data set {self.name!r} cannot be read: {file} is damaged ({reason}). {AGAIN}")
 
     def _pixels(self, stored: Any, seed: int | None, position: int | None) -> np.ndarray:
         if not self._encoded:
@@ -192,6 +222,17 @@ def _open(builder: tfds.core.DatasetBuilder, split: str, decoders: dict[str, Any
         return builder.as_data_source(split, decoders=decoders, file_format=ARRAY_RECORD)
     except (ValueError, AssertionError) as error:
         raise split_error(split, list(builder.info.splits), error) from error
+
+
+def _files(builder: tfds.core.DatasetBuilder, parts: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
+    """The files of these slices in order, each with the number of its rows; they must all be there."""
+    splits = builder.info.splits
+    found = [f for name, start, stop in parts for f in splits[f"{name}[{start}:{stop}]"].file_instructions]
+    there = {path.name for path in epath.Path(builder.data_path).iterdir()}
+    for file in found:
+        if epath.Path(file.filename).name not in there:
+            raise UserError(f"Data set {builder.info.name!r} has no file {file.filename}. {AGAIN}")
+    return [(file.filename, file.take) for file in found]
 
 
 def _image_and_label(info: tfds.core.DatasetInfo) -> tuple[Any, Any]:

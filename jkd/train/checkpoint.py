@@ -1,6 +1,5 @@
 """Checkpoints that are atomic, verified leaf by leaf, and restored onto any mesh."""
 
-import errno
 import json
 import math
 from collections.abc import Callable
@@ -14,19 +13,12 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jkd.errors import UserError
+from jkd.train.damage import CorruptCheckpointError, check_meta, first_line, passing, sealed, usable
 from jkd.train.mesh import path_name, place_leaf, sharding_of
 from jkd.train.processes import barrier, worst
 from jkd.train.workdir import move_folder
 
-PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EACCES}
-PASSING_ERRORS |= {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH}
-# How tensorstore says so; it gives up with ABORTED after many tries.
-PASSING_STATUSES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED")
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-
-
-class CorruptCheckpointError(ValueError):
-    """A checkpoint that cannot be read back, or whose arrays are not those that were written."""
 
 
 def is_key(leaf: Any) -> bool:
@@ -168,7 +160,7 @@ def save_plain(directory: epath.Path, tree: Any, meta: dict[str, Any], *, mesh: 
     shardings = _layout(names, keys, [x.shape for x in raw], mesh, rules)
     arrays = {f"{i}": place_leaf(x, s) for i, (x, s) in enumerate(zip(raw, shardings, strict=True))}
     info = {"structure": structure, "names": names, "leaves": inspect_tree(arrays), "keys": keys, **meta}
-    items: dict[str, Any] = {"meta": ocp.args.JsonSave(info)}
+    items: dict[str, Any] = {"meta": ocp.args.JsonSave(sealed(info))}
     if arrays:
         items["arrays"] = ocp.args.StandardSave(arrays)
     _remove_unfinished(directory)
@@ -199,8 +191,13 @@ def is_stored(directory: epath.Path) -> bool:
 
 
 def load_meta(directory: epath.Path) -> dict[str, Any]:
-    """Reads the `meta` of a directory that `save_plain` wrote."""
-    return json.loads((directory / "meta" / "metadata").read_text())
+    """Reads the `meta` of a directory that `save_plain` wrote.
+
+    Raises:
+      UserError: if it cannot be read, or is not what was written.
+    """
+    with usable(directory):
+        return check_meta(json.loads((directory / "meta" / "metadata").read_text()))
 
 
 def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, dict[str, Any]]:
@@ -209,8 +206,8 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
     Raises:
       UserError: if the directory cannot be read, or an array differs from what was written.
     """
-    try:
-        info = load_meta(directory)
+    info = load_meta(directory)
+    with usable(directory):
         stored = [info["leaves"][f"{i}"] for i in range(len(info["names"]))]
         shardings = _layout(info["names"], info["keys"], [tuple(leaf["shape"]) for leaf in stored], mesh, rules)
         targets = {
@@ -220,15 +217,6 @@ def load_plain(directory: epath.Path, *, mesh: Any, rules: Any) -> tuple[Any, di
         _check_precision(directory, targets)
         arrays = _restore(directory, targets) if targets else {}
         _verify(arrays, info["leaves"])
-    except UserError:
-        raise
-    except Exception as error:
-        if _passing(error):
-            raise UserError(f"{directory} cannot be read now: {_first_line(error)}. Nothing was changed.") from error
-        raise UserError(
-            f"The stored result {directory} cannot be used: {_first_line(error)}. "
-            "Remove the stage's folder to train that stage again."
-        ) from error
     return build_plain(arrays, info), info
 
 
@@ -252,18 +240,6 @@ def _restore(directory: epath.Path, target: Any) -> Any:
         return checkpointer.restore(directory, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))).arrays
 
 
-def _passing(error: Exception) -> bool:
-    # What says nothing about the files: no memory, or a file system that does not answer.
-    if isinstance(error, OSError) and error.errno in PASSING_ERRORS:
-        return True
-    return isinstance(error, MemoryError) or any(word in str(error) for word in PASSING_STATUSES)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
 # --- the checkpoints of one running stage ---
 
 
@@ -273,6 +249,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, *, keep: int = 3):
         self._directory, self._keep = directory, keep
         self._manager = self._open()
+        self._under_way = max(self._manager.all_steps(), default=0)
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -280,8 +257,8 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
-        """Starts writing `tree` and JSON-able `meta` as checkpoint `step`.
+    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> int:
+        """Starts writing `tree` and JSON-able `meta` as checkpoint `step`; returns the one before, now complete.
 
         Raises:
           UserError: if the step is there already, or the tree holds a NaN.
@@ -292,10 +269,12 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_raw(tree)), meta=ocp.args.JsonSave({"leaves": leaves, **meta})
+                state=ocp.args.StandardSave(_raw(tree)), meta=ocp.args.JsonSave(sealed({"leaves": leaves, **meta}))
             ),
             force=True,
         )
+        complete, self._under_way = self._under_way, step
+        return complete
 
     def restore_newest(self, target: Any, say: Callable[[str], None]) -> tuple[Any, dict[str, Any]] | None:
         """Restores the newest checkpoint that reads back bit for bit, or None where there is none.
@@ -313,10 +292,10 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             restored, problem = self._try(step, target)
-            code = worst(0 if problem is None else 1 if not _passing(problem) else 2)
+            code = worst(0 if problem is None else 1 if not passing(problem) else 2)
             if code == 0:
                 return restored
-            reason = "another process could not read it" if problem is None else _first_line(problem)
+            reason = "another process could not read it" if problem is None else first_line(problem)
             if code == 2:
                 raise UserError(f"{self._directory / str(step)} cannot be read now: {reason}. Nothing was changed.")
             say(f"Checkpoint {self._directory / str(step)} is corrupt ({reason}).")
@@ -337,7 +316,7 @@ class Checkpoints:
             return None, error
 
     def _restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = check_meta(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
         raw = jax.tree.map(_raw_target, target)
         _check_leaves(raw, meta["leaves"], self._directory / str(step))
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(raw))).state

@@ -13,6 +13,7 @@ from jkd.train.mesh import Rules
 from jkd.train.passes import Residents, sweep
 from jkd.train.profile import Span
 from jkd.train.signals import Preempted, StopRequest
+from jkd.train.watchdog import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,9 @@ class LoopOptions:
       progress: whether to show a bar (on a terminal) or lines.
       tensorboard: whether to write TensorBoard events.
       profile: `[STAGE:]START:STOP`, steps of a stage to profile; see `jkd.train.profile`.
+      peer_timeout: of several processes, seconds until a host that does not answer is given up; a process that died
+        is noticed at once. 0: the processes do not watch each other.
+      hang_timeout: seconds without any progress after which the process ends with the stacks of its threads; 0: never.
     """
 
     checkpoint_every: int = 1000
@@ -32,12 +36,19 @@ class LoopOptions:
     progress: bool = True
     tensorboard: bool = True
     profile: str = ""
+    peer_timeout: float = 60.0
+    hang_timeout: float = 1800.0
 
     def __post_init__(self):
         if self.keep < 1 or self.checkpoint_every < 0:
             raise UserError(
                 "keep must be >= 1 and checkpoint_every >= 0 (0: only when asked to stop), got "
                 f"keep={self.keep}, checkpoint_every={self.checkpoint_every}."
+            )
+        if self.peer_timeout < 0 or self.hang_timeout < 0:
+            raise UserError(
+                "peer_timeout and hang_timeout must be >= 0 seconds (0: off), got "
+                f"peer_timeout={self.peer_timeout}, hang_timeout={self.hang_timeout}."
             )
 
 
@@ -53,8 +64,8 @@ class Context:
     options: LoopOptions
     residents: Residents
     stop: StopRequest
+    progress: Progress
     span: Span | None = None  # what is profiled
-    steps_before: int = 0
     begun: bool = False  # whether a step was taken
 
     @property
@@ -68,21 +79,18 @@ class Context:
             console.print(text, soft_wrap=True)
 
     def sweep(self, fn: Any, args: Any, source: Any, key: Any = None) -> Any:
-        """`jkd.train.sweep` on the run's mesh; SIGTERM ends it (of one process: several agree only at their steps)."""
-        return sweep(
-            fn,
-            args,
-            source,
-            key,
-            mesh=self.mesh,
-            residents=self.residents,
-            rules=self.rules,
-            watch=lambda: self.stop_if_asked("the end of a sweep"),
-        )
+        """`jkd.train.sweep` on the run's mesh; SIGTERM ends it."""
+
+        def watch() -> None:
+            self.progress.at("a sweep of prepare")
+            self.stop_if_asked("the end of a sweep")
+
+        named: Any = {"mesh": self.mesh, "residents": self.residents, "rules": self.rules, "watch": watch}
+        return sweep(fn, args, source, key, **named)
 
     def stop_if_asked(self, before: str) -> None:
-        """Raises Preempted where a single process was asked to stop: no state is under way that could be saved."""
-        if self.stop.asked:
+        """Raises Preempted if the run was asked to stop: no state is under way that could be saved."""
+        if self.stop.reached():
             raise Preempted(
                 f"Stopped on request before {before}; what is finished is in {self.workdir}. Run the same command "
                 "again to go on."

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ class JsonLines:
     Object stores cannot append: there the whole file is written anew, `REMOTE_SECONDS` apart and in `flush`.
     """
 
-    def __init__(self, path: epath.Path, offset: int):
+    def __init__(self, path: epath.Path, offset: int, check: int | None = None):
         self._path, self.offset = path, offset
         self._remote: bytes | None = None
         if not path.exists():
@@ -54,17 +55,24 @@ class JsonLines:
                 f"{path} is shorter than the checkpoint saw it ({size} < {offset} bytes): restore the file, or start "
                 "again in a new workdir."
             )
+        with path.open("rb") as file:
+            known = file.read(offset)
+        self.check = zlib.crc32(known)
+        if check not in (None, self.check):
+            raise UserError(
+                f"{path} is not what the checkpoint saw (its first {offset} bytes were altered): restore the file, or "
+                "start again in a new workdir."
+            )
         if is_remote(path):
-            self._remote = path.read_bytes()[:offset] if offset else b""
-            self._written = size
-            self._last = time.perf_counter()
+            self._remote, self._written, self._last = known, size, time.perf_counter()
         elif size > offset:
             os.truncate(path, offset)  # in place: a kill here leaves the old length or the new one
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; `offset` counts the bytes so far."""
+        """Appends one record; `offset` counts the bytes so far, `check` is their CRC-32."""
         line = (json.dumps(jsonable(record)) + "\n").encode()
         self.offset += len(line)
+        self.check = zlib.crc32(line, self.check)
         if self._remote is None:
             with self._path.open("ab") as file:
                 file.write(line)

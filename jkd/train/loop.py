@@ -1,5 +1,6 @@
 """The loop: runs a list of stages with checkpoints, logs, evaluation and exact resumption."""
 
+import functools
 import os
 import time
 import zlib
@@ -26,16 +27,19 @@ from jkd.train.context import Context, LoopOptions
 from jkd.train.ensemble import member, previous_of, stack
 from jkd.train.finite import non_finite
 from jkd.train.flops import flops_and_peak
-from jkd.train.log import Events, JsonLines, Meter, brief, jsonable
+from jkd.train.journal import Journal
+from jkd.train.log import Meter, brief, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import check_run, read_outcome
 from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
-from jkd.train.processes import barrier, on_chief
+from jkd.train.peers import Peers
+from jkd.train.processes import barrier
 from jkd.train.profile import Profile, parse_span
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage
+from jkd.train.watchdog import Progress, Watchdog
 
 
 def run(
@@ -74,12 +78,15 @@ def run(
     span = parse_span(options.profile, stages)
     mesh = make_mesh() if mesh is None else mesh
     folder = workdirs.folder_of(workdir)
-    fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
-    with StopRequest() as stop:
+    progress = Progress()
+    peers = Peers(progress, options.peer_timeout)
+    with StopRequest() as stop, peers, Watchdog(progress, options.hang_timeout, peers.tell):
+        fresh = workdirs.claim(folder, {"seed": seed, "log_every": log_every, **(config or {})})
         key = jax.random.key(seed)
-        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop, span)
+        ctx = Context(folder, mesh, rules, key, log_every, options, Residents(mesh), stop, progress, span=span)
         try:
-            return _run_stages(ctx, stages)
+            with workdirs.storage_errors(folder):
+                return _run_stages(ctx, stages)
         except UserError as error:
             if fresh and not ctx.begun and not isinstance(error, Preempted):
                 workdirs.disclaim(folder)
@@ -91,7 +98,6 @@ def _run_stages(ctx: Context, stages: Sequence[Stage]) -> dict[str, dict[str, An
     for index, stage in enumerate(stages):
         ctx.residents.next_stage()
         results[stage.name] = _StageRun(ctx, stages, index).result()
-        ctx.steps_before += stage.num_steps
         ctx.begun = True
     return results
 
@@ -103,10 +109,8 @@ class _StageRun:
         self.ctx, self.stages, self.stage = ctx, stages, stages[index]
         self.index = index
         self.folder = workdirs.stage_folder(ctx.workdir, index, self.stage.name)
-        self.history: dict[str, dict[str, Any]] = {}
-        self.metrics: dict[str, Any] = {}
+        self.journal = Journal(ctx, self.stage.name, self.folder.name)
         self.t = 0
-        self.events: Events | None = None
         self._open: Any = None  # the last dispatched step's (t, reports), not read yet
 
     # --- the stage as a whole ---
@@ -123,26 +127,26 @@ class _StageRun:
 
     def _train(self, checkpoint_folder: epath.Path) -> None:
         ctx, stage = self.ctx, self.stage
+        ctx.progress.at("prepare", stage=stage.name, step=0, saved=0)
         previous = self._previous()
         key = self._key()
         ctx.stop_if_asked(f"prepare of stage {stage.name!r}")
         members = self._members(key, previous, self._prepared(key, previous))
         ctx.stop_if_asked(f"init of stage {stage.name!r}")
         self.members = members
+        ctx.progress.at("init, or restoring a checkpoint")
         self.checkpoints = Checkpoints(checkpoint_folder, keep=ctx.options.keep)
         try:
-            self._resume_or_create()
-            self._open_logs()
+            self.journal.open(self._resume_or_create(), self.t)
             self._steps()
             self._settle()
             self._check_state()
             self._evaluate(final=True)
             self._save_outcome()
         finally:
-            if self.events is not None:
-                self.events.close()
+            self.journal.close()
             self.checkpoints.close()
-        ctx.say(f"Stage {stage.name} is done: {brief(self.metrics)}")
+        ctx.say(f"Stage {stage.name} is done: {brief(self.journal.metrics)}")
 
     def _key(self) -> jax.Array:
         if self.stage.key is not None:
@@ -184,31 +188,27 @@ class _StageRun:
 
     # --- where to begin ---
 
-    def _resume_or_create(self) -> None:
+    def _resume_or_create(self) -> Mapping[str, Any]:
+        """Sets the carries and the step, and returns what was stored beside them."""
         restored = self.checkpoints.restore_newest([m.target() for m in self.members], self.ctx.say)
         if restored is None:
             init = self.members[0].initializer(self.stage)
             for m in self.members:
                 m.create(init)
-            self._offset = self._offset_before()
-            return
+            return self._stored_before()
         carries, meta = restored
         for m, carry in zip(self.members, carries, strict=True):
             m.carry = carry
-        self.t, self.history, self._offset = meta["t"], meta["history"], meta["log_offset"]
+        self.t = meta["t"]
+        self.ctx.progress.at("the first step", step=self.t, saved=self.t)
         self.ctx.say(f"Stage {self.stage.name}: resuming at step {self.t}.")
+        return meta
 
-    def _offset_before(self) -> int:
+    def _stored_before(self) -> Mapping[str, Any]:
         if self.index == 0:
-            return 0
+            return {}
         last = workdirs.stage_folder(self.ctx.workdir, self.index - 1, self.stages[self.index - 1].name)
-        return load_meta(last / "outcome")["log_offset"]
-
-    def _open_logs(self) -> None:
-        path, offset = self.ctx.workdir / "metrics.jsonl", self._offset
-        self.lines = on_chief(lambda: JsonLines(path, offset))
-        if self.ctx.chief and self.ctx.options.tensorboard:
-            self.events = Events(self.ctx.workdir / "tensorboard" / self.folder.name, self.t + 1)
+        return load_meta(last / "outcome")
 
     # --- stepping ---
 
@@ -246,6 +246,7 @@ class _StageRun:
                         m.carry, report = call(*args)
                         reports.append(report)
                     self.t += 1
+                    ctx.progress.at("training", step=self.t)
                     self._settle()
                     self._open = (self.t, reports)
                 meter.update(self.t)
@@ -265,7 +266,7 @@ class _StageRun:
         values = self._read(reports)
         self._check_finite(values)
         metrics = {n: s / values.count[0] for n, s in values.sums.items()}
-        self._write(t, {"train": self._by_member(metrics)})
+        self.journal.write(t, {"train": self._by_member(metrics)}, self.meter.window())
 
     def _read(self, reports: list[Any]) -> Any:
         host = jax.device_get(reports)
@@ -281,15 +282,6 @@ class _StageRun:
         sources = [m.source for m in self.members]
         bad = {n: v if self.stage.looped else v[0] for n, v in values.bad.items()}
         raise non_finite(self.stage.name, values.bad_step, bad, sources, last, self.ctx.workdir)
-
-    def _write(self, t: int, record: Mapping[str, Any]) -> None:
-        if self.lines is not None:
-            self.lines.write({"stage": self.stage.name, "step": t, **record})
-        if self.events is not None:
-            for kind, values in record.items():
-                self.events.write(t, {f"{kind}/{n}": v for n, v in values.items()})
-            if "train" in record:
-                self.events.write(t, {f"speed/{n}": v for n, v in self.meter.window().items()})
 
     # --- what happens between steps ---
 
@@ -315,7 +307,7 @@ class _StageRun:
             save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
 
     def _stop_if_asked(self) -> None:
-        if not self.ctx.stop.reached(self.ctx.steps_before + self.t):
+        if not self.ctx.stop.reached():
             return
         if self.t not in self.checkpoints.steps():
             self._save()
@@ -329,20 +321,14 @@ class _StageRun:
         """Saves a checkpoint, once the metrics of all steps so far are seen to be finite."""
         self._settle()
         self._check_finite(self._read([m.carry.report for m in self.members]))
-        meta = {
-            "t": self.t,
-            "stage": self.stage.name,
-            "history": jsonable(self.history),
-            "log_offset": self._flushed(),
-        }
-        self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
+        meta = {"t": self.t, "stage": self.stage.name, **self.journal.stored()}
+        self.ctx.progress.at("saving a checkpoint")
+        saved = self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
+        self.ctx.progress.at("training", saved=saved)
 
     def _check_state(self) -> None:
         for m in self.members:
             check_no_nan(m.carry.state, f"After the last step of stage {self.stage.name!r}")
-
-    def _flushed(self) -> int:
-        return 0 if self.lines is None else self.lines.flush()
 
     def _publish(self) -> Any:
         outs = []
@@ -360,37 +346,26 @@ class _StageRun:
                 values = self._evaluate_one(name, published)
                 found.update({f"{name}/{metric}": value for metric, value in values.items()})
         if found:
-            self._remember(found)
-            self._write(self.t, {"evaluation": found})
+            self.journal.remember(found)
+            self.journal.write(self.t, {"evaluation": found}, {})
 
     def _evaluate_one(self, name: str, published: Any) -> Mapping[str, Any]:
-        mesh, residents, evaluator = self.ctx.mesh, self.ctx.residents, self.stage.evaluators[name]
+        evaluator = self.stage.evaluators[name]
+        watch = functools.partial(self.ctx.progress.at, f"evaluator {name}")
+        named: Any = {"mesh": self.ctx.mesh, "residents": self.ctx.residents, "watch": watch}
         sources = [m.evaluation_sources[name] for m in self.members]
         if self.stage.looped:
             consts = [m.consts for m in self.members]
-            return evaluate_members(evaluator, published, consts, mesh=mesh, residents=residents, sources=sources)
+            return evaluate_members(evaluator, published, consts, sources=sources, **named)
         consts = self.members[0].consts
-        return evaluate(evaluator, published, consts, mesh=mesh, residents=residents, source=sources[0])
-
-    def _remember(self, found: Mapping[str, Any]) -> None:
-        self.metrics.update(found)
-        for name, value in found.items():
-            old = self.history.get(name)
-            value = np.asarray(value, np.float64)
-            self.history[name] = jsonable(
-                {
-                    "last": value,
-                    "max": value if old is None else np.fmax(old["max"], value),
-                    "min": value if old is None else np.fmin(old["min"], value),
-                }
-            )
+        return evaluate(evaluator, published, consts, source=sources[0], **named)
 
     def _save_outcome(self) -> None:
         info = {
-            "metrics": jsonable(self.metrics),
-            "history": jsonable(self.history),
+            "metrics": jsonable(self.journal.metrics),
             "members": self.stage.members,
-            "log_offset": self._flushed(),
+            **self.journal.stored(),
         }
+        self.ctx.progress.at("saving the outcome")
         save_plain(self.folder / "outcome", self._publish(), info, mesh=self.ctx.mesh, rules=self.ctx.rules)
         barrier(f"outcome-{self.index}")

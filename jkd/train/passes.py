@@ -140,11 +140,13 @@ def evaluate(
     mesh: Mesh,
     residents: Residents | None = None,
     source: Any = None,
+    watch: Callable[[], None] | None = None,
 ) -> Mapping[str, Any]:
     """Runs one evaluator over its whole source and returns the metrics that its `finish` computes.
 
     The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
-    compiles once. `source` is what `evaluation_source` made for these consts, where that has been done already.
+    compiles once. `source` is what `evaluation_source` made for these consts, where that has been done already;
+    `watch` is called before each batch.
     """
     residents = residents or Residents(mesh)
     source = source or evaluation_source(evaluator, consts, mesh)
@@ -152,6 +154,8 @@ def evaluate(
     program = _collect_program(evaluator.collect, source.assemble, evaluator.kind, size, mesh, axis)
     total, rows, sums = np.int32(source.num_examples), [], None
     for t, crossed in enumerate(source.iterate(0, source.num_batches, local_rows(mesh, size))):
+        if watch is not None:
+            watch()
         args = (published, cross(crossed, mesh, size, axis), consts, residents(source), np.int32(t * size), total)
         if evaluator.kind == "gather":
             out = jax.device_get(program(*args))
@@ -173,6 +177,7 @@ def evaluate_members(
     mesh: Mesh,
     residents: Residents,
     sources: Sequence[Any] | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> Mapping[str, Any]:
     """Runs one evaluator on every member of a looped ensemble: metrics of shape [members].
 
@@ -180,7 +185,7 @@ def evaluate_members(
     """
     sources = sources or [None] * len(consts)
     each = [
-        evaluate(evaluator, member(published, k), own, mesh=mesh, residents=residents, source=source)
+        evaluate(evaluator, member(published, k), own, mesh=mesh, residents=residents, source=source, watch=watch)
         for k, (own, source) in enumerate(zip(consts, sources, strict=True))
     ]
     return {name: np.asarray([values[name] for values in each]) for name in each[0]}

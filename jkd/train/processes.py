@@ -25,6 +25,17 @@ def worst(code: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(code)).max())
 
 
+def from_chief(text: str) -> str:
+    """The first process's text, up to `MESSAGE_BYTES` of it, on all processes."""
+    if jax.process_count() == 1:
+        return text
+    encoded = text.encode()[:MESSAGE_BYTES]
+    sent = np.zeros(MESSAGE_BYTES, np.uint8)
+    sent[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    return received.tobytes().rstrip(b"\0").decode(errors="replace")
+
+
 def on_chief(fn: Callable[[], Any]) -> Any:
     """Runs `fn` on process 0 alone and returns its result there, None elsewhere.
 
@@ -39,12 +50,7 @@ def on_chief(fn: Callable[[], Any]) -> Any:
             problem = str(error)
         except OSError as error:
             problem = f"{error.filename}: {error.strerror}." if error.strerror else str(error)
-    if jax.process_count() > 1:
-        text = problem.encode()[:MESSAGE_BYTES]
-        sent = np.zeros(MESSAGE_BYTES, np.uint8)
-        sent[: len(text)] = np.frombuffer(text, np.uint8)
-        received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-        problem = received.tobytes().rstrip(b"\0").decode(errors="replace")
+    problem = from_chief(problem)
     if problem:
         raise UserError(problem)
     return result

@@ -18,11 +18,13 @@ class StopRequest:
     """Listens for SIGTERM while the run lasts.
 
     One process reads a flag; several use JAX's preemption service, which lets all of them stop at one step even
-    if only one of them was told.
+    if only one of them was told. That service compares how often each process has asked whether to stop: all ask at
+    the same moments of a run.
     """
 
     def __init__(self) -> None:
         self._asked = False
+        self._questions = 0
         self._old: object = None
 
     def __enter__(self) -> "StopRequest":
@@ -39,13 +41,9 @@ class StopRequest:
         if self._old is not None:
             signal.signal(signal.SIGTERM, self._old)  # type: ignore[arg-type]
 
-    @property
-    def asked(self) -> bool:
-        """Whether a single process was asked to stop; several agree only at their steps."""
-        return self._asked
-
-    def reached(self, global_step: int) -> bool:
-        """Whether to stop before `global_step`, counted over all stages; the same answer on all processes."""
+    def reached(self) -> bool:
+        """Whether to stop here; the same answer on all processes, which must all ask."""
         if jax.process_count() == 1:
             return self._asked
-        return multihost_utils.reached_preemption_sync_point(global_step)
+        self._questions += 1
+        return multihost_utils.reached_preemption_sync_point(self._questions)

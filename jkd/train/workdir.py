@@ -1,8 +1,11 @@
 """The folder of a run: whose it is, and what is in it."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import fsspec
@@ -11,6 +14,8 @@ from etils import epath
 from jkd.errors import UserError
 from jkd.train.processes import on_chief
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
 # These fields say how a run is executed, not what it computes: they may change between restarts.
 EXECUTION_FIELDS = ("mesh", "loop", "data.data_dir")
 
@@ -176,6 +181,50 @@ def _check_same(workdir: epath.Path, there: Mapping[str, Any], here: Mapping[str
             f"The workdir {workdir} belongs to another config: {shown}{more}. "
             "Give the config it was made with to resume it, or a new workdir."
         )
+
+
+@contextlib.contextmanager
+def storage_errors(workdir: epath.Path) -> Iterator[None]:
+    """Turns what a full or read-only disk makes of any library's call into one line that says what to do.
+
+    Raises:
+      UserError: in place of an error that, or whose cause, is one of storage; others pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found = _storage_error(error, workdir)
+        if found is None:
+            raise
+        raise UserError(
+            f"{found[0]} cannot be written: {found[1]}{_free_space(workdir)}. Nothing that was complete is lost: make "
+            "room (or let it be written) and run the same command again to go on from the last checkpoint."
+        ) from error
+
+
+def _storage_error(error: BaseException | None, workdir: epath.Path) -> tuple[str, str] | None:
+    """What could not be written, and why; None for errors that are not of storage."""
+    while error is not None:
+        file = str(getattr(error, "filename", None) or workdir)
+        place = f"The workdir {workdir}" if file.startswith(str(workdir)) else file
+        code = getattr(error, "errno", None)
+        if code in FULL_DISK or (code in FORBIDDEN and file != str(workdir) and place != file):
+            return place, os.strerror(code)
+        for reason in map(os.strerror, FULL_DISK):  # of libraries in C++, as text
+            if reason in str(error):
+                return place, reason
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _free_space(folder: epath.Path) -> str:
+    try:
+        usage = shutil.disk_usage(folder)
+    except (OSError, ValueError):  # remote
+        return ""
+    return f" ({usage.free / 1e6:,.1f} MB of {usage.total / 1e6:,.1f} MB are free)"
 
 
 def stage_folder(workdir: epath.Path, index: int, name: str) -> epath.Path:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import toys
 
+from jkd.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+
 pytestmark = pytest.mark.usefixtures("alone")
 STEPS = 300
 LIMIT = 120  # seconds
@@ -81,7 +83,7 @@ def test_sigterm_to_one_stops_both_and_the_restart_is_exact(tmp_path):
     for code, said in launch(whole, [], [], **fast):
         assert code == 0, said
     for code, said in launch(workdir, [], ["--moment", "term:teacher-20"], **fast):
-        assert code == 1, said
+        assert code == EXIT_STOPPED, said
         assert "Run the same command again to go on" in said
     saved = max(int(path.name) for path in (workdir / "checkpoints/00-teacher").iterdir() if path.name.isdigit())
     assert 20 <= saved < 60, "asked at step 20"
@@ -94,6 +96,26 @@ def test_sigterm_to_one_stops_both_and_the_restart_is_exact(tmp_path):
     for name, value in wanted.items():
         assert found[name].tobytes() == value.tobytes(), name
     assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_sigterm_to_the_first_in_a_sweep_stops_both(tmp_path):
+    for code, said in launch(tmp_path / "run", ["--moment", "term-pass:3"], [], devices=1, steps=5):
+        assert code == EXIT_STOPPED, said
+        assert "before the end of a sweep" in said
+    assert not list((tmp_path / "run").glob("stages/*/consts"))
+
+
+@pytest.mark.parametrize(("killed", "moment"), [(0, "save:teacher-200"), (1, "kill-pass:4")])
+def test_when_one_is_killed_the_other_says_so_and_ends(killed, moment, tmp_path):
+    args = [["--moment", moment] if process == killed else [] for process in (0, 1)]
+    done = launch(tmp_path / "run", *args, devices=1, steps=210)
+    assert done[killed][0] == -9
+    code, said = done[1 - killed]
+    assert code == EXIT_LOST, said
+    lines = [line for line in said.splitlines() if line.startswith("jkd: ")]
+    assert len(lines) == 1, "after what JAX may have to say"
+    assert f"process {killed} ({socket.gethostname()}) is gone" in lines[0]
+    assert "run the same command again on all hosts to go on from " in lines[0]
 
 
 def test_rows_keep_their_places_whatever_the_order_of_the_mesh():
@@ -126,7 +148,8 @@ def test_what_stops_the_first_process_stops_both(tmp_path):
     workdir.mkdir()
     (workdir / "thesis.tex").write_text("mine")
     for code, said in launch(workdir, [], [], devices=1, steps=5):
-        assert code == 1
+        assert code == EXIT_USER_ERROR
+        assert said.startswith("jkd: error: ")
         assert "is not empty and holds no config.json of a run" in said
     assert [path.name for path in workdir.iterdir()] == ["thesis.tex"]
 

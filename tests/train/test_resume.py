@@ -11,7 +11,7 @@ import pytest
 import toys
 
 from jkd import train
-from jkd.errors import UserError
+from jkd.errors import EXIT_STOPPED, UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
 MOMENTS = (
@@ -20,13 +20,13 @@ MOMENTS = (
     "after:teacher-snapshot",
     "save:teacher-10",
     "step:teacher-13",
-    "evaluation:2",
+    "kill-pass:2",
     "save:teacher-30",
     "before:teacher-outcome",
     "after:teacher-outcome",
     "before:student-consts",
     "save:student-20",
-    "evaluation:8",
+    "kill-pass:8",
     "before:student-outcome",
     "after:student-outcome",
 )
@@ -70,7 +70,7 @@ def test_killed_at_every_moment_ends_bit_identical(uninterrupted, tmp_path):
 def test_sigterm_saves_and_says_how_to_resume(uninterrupted, tmp_path):
     whole, numbers = uninterrupted
     stopped = start(tmp_path / "run", "--moment", "term:student-13")
-    assert stopped.returncode == 1
+    assert stopped.returncode == EXIT_STOPPED
     assert "step 13 of stage 'student'" in stopped.stderr
     assert "Run the same command again" in stopped.stderr
     done = start(tmp_path / "run")

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import signal
-import sys
 import time
 
 import jax
@@ -107,9 +106,18 @@ def two_stages() -> list[train.Stage]:
     return [classifier(snapshots=(8,)), student("student")]
 
 
+def count_labels(key, previous, sweep):
+    return {"share": np.bincount(sweep(take_label, {}, data.MemorySource(DIGITS, 16))) / len(DIGITS)}
+
+
+def take_label(args, batch, key):
+    return batch["label"]
+
+
 def alone(num_steps: int, **changes) -> train.Stage:
-    """The teacher, evaluated at its end only."""
-    return classifier(num_steps=num_steps, evaluators={"train": accuracy()}, **changes)
+    """The teacher, prepared by a sweep and evaluated at its end only."""
+    fields = {"evaluators": {"train": accuracy()}, "prepare": count_labels}
+    return classifier(num_steps=num_steps, **(fields | changes))
 
 
 QUIET = train.LoopOptions(checkpoint_every=0, progress=False, tensorboard=False)
@@ -211,16 +219,16 @@ def arm(moment: str) -> None:
                 kill()
 
         checkpoint.Checkpoints.save = in_save
-    elif kind == "evaluation":  # in the second batch
+    elif kind in ("kill-pass", "term-pass"):  # at some batch of the sweeps and evaluations
         cross, calls = passes.cross, []
 
-        def in_evaluation(*args):
+        def in_pass(*args):
             calls.append(1)
             if len(calls) == int(where):
-                kill()
+                kill() if kind == "kill-pass" else ask_to_stop()
             return cross(*args)
 
-        passes.cross = in_evaluation
+        passes.cross = in_pass
     else:  # before or after a stage's consts, snapshot or outcome is stored
         store = loop.save_plain
 
@@ -262,14 +270,13 @@ def main() -> None:
         arm(args.moment)
     stages = two_stages() if args.steps is None else [alone(args.steps)]
     options = dataclasses.replace(OPTIONS, checkpoint_every=args.checkpoint_every)
-    try:
-        results = train.run(stages, workdir=args.workdir, log_every=7, options=options)
-    except train.Preempted as stop:
-        sys.exit(f"{stop}")
+    results = train.run(stages, workdir=args.workdir, log_every=7, options=options)
     print(json.dumps(results))
 
 
 OPTIONS = train.LoopOptions(checkpoint_every=10, progress=False)
 
 if __name__ == "__main__":
-    main()
+    from experiments import cli
+
+    cli.command(main)
