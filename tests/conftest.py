@@ -40,7 +40,15 @@ jaxtyping.install_import_hook("jkd", "beartype.beartype")
 settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("jkd")
 
-LONGEST_FIRST = ("test_processes", "test_notebooks", "test_energy_kd", "test_resume", "test_cli", "test_launch")
+LONGEST_FIRST = (
+    "test_processes",
+    "test_notebooks",
+    "test_energy_kd",
+    "test_resume",
+    "test_cli",
+    "test_launch",
+    "test_random_kills",
+)
 
 
 def pytest_collection_modifyitems(items):

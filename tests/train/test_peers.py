@@ -11,7 +11,7 @@ import toys
 from toys import QUIET
 
 from jkd import data, train
-from jkd.errors import EXIT_HUNG, EXIT_LOST, EXIT_USER_ERROR, UserError
+from jkd.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, EXIT_USER_ERROR, UserError
 from jkd.train import peers, watchdog
 from jkd.train.watchdog import Progress, Watchdog
 
@@ -157,6 +157,12 @@ def test_a_crash_stays_until_the_others_have_said_so(group, ended, monkeypatch):
     _, one = group(2)
     close(one, KeyError("boom"))
     assert ended[0] == (f"process 1 ({socket.gethostname()}) ended: KeyError: 'boom'", 1)
+
+
+def test_an_interrupted_process_ends_the_others_at_once(group, ended):
+    _, one = group(2)
+    close(one, KeyboardInterrupt())
+    assert ended[0] == (f"process 1 ({socket.gethostname()}) ended: it was interrupted", EXIT_INTERRUPTED)
 
 
 # --- the watchdog ---

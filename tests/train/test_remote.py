@@ -15,7 +15,7 @@ from etils import epath
 
 from jkd import train
 from jkd.errors import UserError
-from jkd.train import checkpoint, log, loop, workdir
+from jkd.train import checkpoint, damage, log, loop, workdir
 
 pytestmark = pytest.mark.usefixtures("alone")
 OPTIONS = train.LoopOptions(checkpoint_every=10, progress=False, tensorboard=False)
@@ -109,9 +109,9 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, local, monkeypatch, capsys):
 
 def test_a_store_that_does_not_answer_is_no_corruption():
     for words in ("ABORTED: All 32 retry attempts failed: CURL error", "PERMISSION_DENIED: 403"):
-        assert checkpoint._passing(ValueError(f"{words} reading gs://b/x"))
-    assert checkpoint._passing(ConnectionRefusedError(errno.ECONNREFUSED, "Cannot connect to host"))
-    assert not checkpoint._passing(ValueError("Error reading .zarray in OCDBT database at gs://b/x"))
+        assert damage.passing(ValueError(f"{words} reading gs://b/x"))
+    assert damage.passing(ConnectionRefusedError(errno.ECONNREFUSED, "Cannot connect to host"))
+    assert not damage.passing(ValueError("Error reading .zarray in OCDBT database at gs://b/x"))
 
 
 def test_what_others_write_is_seen_at_once(bucket):
