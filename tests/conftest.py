@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JKD_DATA_DIR", str(CACHE / "data"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CACHE.parent), os.environ.get("PYTHONPATH")]))
 
 import jax
 import jaxtyping
