@@ -57,7 +57,7 @@ def test_the_page(pods, monkeypatch, tmp_path):
     pods.main()
     page = (tmp_path / "docs" / "pods.md").read_text()
     assert "| v5e:16x16 | data=256 | 16,384 | 1,024 (6%) |" in page
-    assert "| v5e:4x4 | data=4 fsdp=4 | 1,024 |" in page
+    assert "| v5e:16x16 | data=64 fsdp=4 | 16,384 |" in page
     assert "| v5e:8x8 x 2 | slice=2 data=64 | 8,192 |" in page
     assert "all-reduce f32 88.8" in page  # 2 x 255/256 of 44.6 MiB
     assert "(+0.0%) |" in page
