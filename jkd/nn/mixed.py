@@ -15,16 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
-def promote(*args: Array | None, dtype: Any = None, inexact: bool = True) -> list[Array | None]:
+def promote(*args: ArrayLike | None, dtype: Any = None, inexact: bool = True) -> list[Array | None]:
     """For `promote_dtype` of Flax: casts inputs to `dtype` and leaves kernel and bias as they are.
 
     A bias is then added in its own precision, which the layer's output takes: cast that where there is one.
     """
     del inexact  # whether integers become floats: `dtype` decides
-    inputs, *weights = args
+    inputs, *weights = (None if arg is None else jnp.asarray(arg) for arg in args)
     return [inputs if dtype is None or inputs is None else inputs.astype(dtype), *weights]
 
 
