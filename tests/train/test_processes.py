@@ -24,8 +24,13 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
-def launch(workdir: pathlib.Path, *extra: list[str], devices: int, steps: int = STEPS) -> list[tuple[int, str]]:
-    """Runs one process for each list of arguments and returns their exit codes and standard errors."""
+def launch(
+    workdir: pathlib.Path, *extra: list[str], devices: int, steps: int = STEPS, first: int = 0, within: int = LIMIT
+) -> list[tuple[int, str]]:
+    """Runs one process for each list of arguments and returns their exit codes and standard errors.
+
+    Once the `first` has ended, the others have so many seconds.
+    """
     common = [sys.executable, toys.__file__, str(workdir), "--x64", "--steps", str(steps)]
     common += ["--checkpoint-every", "200", "--devices", str(devices)]
     if len(extra) > 1:
@@ -33,8 +38,9 @@ def launch(workdir: pathlib.Path, *extra: list[str], devices: int, steps: int = 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     started = [subprocess.Popen([*common, "--process", str(i), *args], **quiet) for i, args in enumerate(extra)]
     try:
-        said = [process.communicate(timeout=LIMIT)[1].decode() for process in started]
-        return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+        said = {first: started[first].communicate(timeout=LIMIT)[1]}
+        said |= {i: one.communicate(timeout=within)[1] for i, one in enumerate(started) if i != first}
+        return [(process.returncode, said[i].decode()) for i, process in enumerate(started)]
     finally:
         for process in started:
             process.kill()
@@ -105,10 +111,16 @@ def test_sigterm_to_the_first_in_a_sweep_stops_both(tmp_path):
     assert not list((tmp_path / "run").glob("stages/*/consts"))
 
 
-@pytest.mark.parametrize(("killed", "moment"), [(0, "save:teacher-200"), (1, "kill-pass:4")])
+MOMENTS = ("before:teacher-consts", "kill-pass:2", "kill-pass:20", "step:teacher-30", "save:teacher-200")
+MOMENTS = (*MOMENTS, "before:teacher-outcome", "after:teacher-outcome")
+SOME = [(0, "save:teacher-200"), (0, "step:teacher-30"), (1, "before:teacher-consts"), (1, "kill-pass:4")]
+EVERY = [(killed, moment) for moment in MOMENTS for killed in (0, 1)]
+
+
+@pytest.mark.parametrize(("killed", "moment"), EVERY if os.environ.get("JKD_ALL_FAULTS") else SOME)
 def test_when_one_is_killed_the_other_says_so_and_ends(killed, moment, tmp_path):
     args = [["--moment", moment] if process == killed else [] for process in (0, 1)]
-    done = launch(tmp_path / "run", *args, devices=1, steps=210)
+    done = launch(tmp_path / "run", *args, devices=1, steps=210, first=killed, within=60)
     assert done[killed][0] == -9
     code, said = done[1 - killed]
     assert code == EXIT_LOST, said
@@ -152,28 +164,3 @@ def test_what_stops_the_first_process_stops_both(tmp_path):
         assert said.startswith("jkd: error: ")
         assert "is not empty and holds no config.json of a run" in said
     assert [path.name for path in workdir.iterdir()] == ["thesis.tex"]
-
-
-def test_the_train_command_on_two_processes(tmp_path):
-    args = ["--config", "configs/energy_kd.py:smoke", "--config.only=teacher", "--config.loop.progress=false"]
-    shared = [sys.executable, "-m", "experiments.train", *args, "--workdir", str(tmp_path / "two")]
-    shared += ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
-    options = {
-        "cwd": pathlib.Path(toys.__file__).parents[2],
-        "env": os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
-    started = [subprocess.Popen([*shared, "--process-id", str(i)], **options) for i in range(2)]
-    try:
-        said = [process.communicate(timeout=LIMIT) for process in started]
-        assert [process.returncode for process in started] == [0, 0], said
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert b"teacher" in said[0][0]  # the table
-    assert b"teacher" not in said[1][0]
-    lines = [(line["stage"], line["step"], *line) for line in toys.lines(tmp_path / "two")]
-    assert len(lines) == len(set(lines)) == 3  # two windows and an evaluation, written once
-    assert json.loads((tmp_path / "two" / "results.json").read_text())["results"]["test/top1"]["teacher"]["seeds"] == 2
