@@ -86,7 +86,9 @@ class Context:
             self.stop_if_asked("the end of a sweep")
 
         named: Any = {"mesh": self.mesh, "residents": self.residents, "rules": self.rules, "watch": watch}
-        return sweep(fn, args, source, key, **named)
+        rows = sweep(fn, args, source, key, **named)
+        self.progress.at("prepare")
+        return rows
 
     def stop_if_asked(self, before: str) -> None:
         """Raises Preempted if the run was asked to stop: no state is under way that could be saved."""

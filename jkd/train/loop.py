@@ -39,7 +39,7 @@ from jkd.train.profile import Profile, parse_span
 from jkd.train.program import split_key, step_program
 from jkd.train.signals import Preempted, StopRequest
 from jkd.train.stage import Outcome, Stage
-from jkd.train.watchdog import Progress, Watchdog
+from jkd.train.watchdog import STEPPING, Progress, Watchdog
 
 
 def run(
@@ -246,7 +246,7 @@ class _StageRun:
                         m.carry, report = call(*args)
                         reports.append(report)
                     self.t += 1
-                    ctx.progress.at("training", step=self.t)
+                    ctx.progress.at(STEPPING, step=self.t)
                     self._settle()
                     self._open = (self.t, reports)
                 meter.update(self.t)
@@ -324,7 +324,7 @@ class _StageRun:
         meta = {"t": self.t, "stage": self.stage.name, **self.journal.stored()}
         self.ctx.progress.at("saving a checkpoint")
         saved = self.checkpoints.save(self.t, [m.carry for m in self.members], meta)
-        self.ctx.progress.at("training", saved=saved)
+        self.ctx.progress.at(STEPPING, saved=saved)
 
     def _check_state(self) -> None:
         for m in self.members:

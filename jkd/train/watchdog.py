@@ -11,6 +11,8 @@ from types import TracebackType
 from jkd.errors import EXIT_HUNG, end_now
 
 TICK = 1.0  # seconds
+BUSY = 0.2  # of a core: work of the host that reports nothing, such as compiling, or clustering in `prepare`
+STEPPING = "training"  # the phase in which every step is progress
 
 
 @dataclasses.dataclass
@@ -52,7 +54,8 @@ class Watchdog:
     """A thread that ends the process when `progress` stands still for `timeout` seconds; 0 never does.
 
     Only time in which this thread itself was scheduled counts: neither a suspended machine nor a process that was
-    stopped for a while is taken for a hang.
+    stopped for a while is taken for a hang. Between steps, where nothing reports, a process that computes does not
+    hang, however long it takes.
     """
 
     def __init__(self, progress: Progress, timeout: float, tell: Callable[[str, int], None] = lambda line, code: None):
@@ -74,12 +77,13 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        beats, still, last = self._progress.beats, 0.0, time.monotonic()
+        beats, still, last, used = self._progress.beats, 0.0, time.monotonic(), time.process_time()
         while not self._done.wait(self._tick):
-            now = time.monotonic()
+            now, cpu = time.monotonic(), time.process_time()
+            computes = self._progress.phase != STEPPING and cpu - used > BUSY * (now - last)
             still += min(now - last, 2 * self._tick)
-            last = now
-            if self._progress.beats != beats:
+            last, used = now, cpu
+            if computes or self._progress.beats != beats:
                 beats, still = self._progress.beats, 0.0
             elif still >= self._timeout:
                 self._hung(still)

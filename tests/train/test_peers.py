@@ -217,10 +217,24 @@ def test_slow_progress_is_no_hang(ended):
     assert not ended
 
 
+@pytest.mark.parametrize(("phase", "hangs"), [("prepare", False), ("training", True)])
+def test_host_work_that_reports_nothing_is_no_hang(phase, hangs, ended, monkeypatch):
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda file: None)
+    progress = Progress()
+    with Watchdog(progress, 1.0):
+        progress.at(phase)
+        until = time.process_time() + 2.0
+        while time.process_time() < until and not ended:
+            sum(range(1000))  # computes; a step that spins is a hang all the same
+    assert bool(ended) == hangs
+
+
 def test_time_in_which_the_process_was_stopped_does_not_count(ended, monkeypatch):
     clock = iter([0.0, *(1000.0 * i for i in range(1, 9))])
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(clock, 9000.0))
-    dog = Watchdog(Progress(), 100.0)  # ticks each second: eight jumps count for two seconds each
+    dog = Watchdog(
+        Progress(phase=watchdog.STEPPING), 100.0
+    )  # ticks each second: eight jumps count for two seconds each
     ticks = iter([False] * 8 + [True])
     monkeypatch.setattr(dog._done, "wait", lambda seconds: next(ticks))
     dog._watch()
