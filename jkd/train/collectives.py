@@ -102,7 +102,8 @@ def _group_size(one: Instruction, devices: int) -> int:
         return len(listed.split(","))
     if counted := one.find(r"replica_groups=\[\d+,(\d+)\]<="):
         return int(counted)
-    mesh = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", one.attributes)
+    # The devices' order may stand between the mesh and its axes: mesh['a'=4], device_ids=([2,2]T(1,0)) {'a'}.
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:,\s*device_ids=\([^{]*\))?\s*\{(.*?)\}", one.attributes)
     if mesh:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # 'axis', or a part of one: 'axis':(1)2

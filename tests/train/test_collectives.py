@@ -94,6 +94,7 @@ def test_permute_start_and_done_are_one():
         ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
         ("mesh['a'=4,'b'=2] {'a','b'}", 8),
         ("mesh['a'=8] {'a':(2)4}", 4),
+        ("mesh['a'=1,'b'=4,'c'=64], device_ids=([64,4]T(1,0)) {'b'}", 4),
         ("{}", 8),
     ],
 )
