@@ -171,7 +171,7 @@ def test_a_step_adds_the_distillation_of_the_mixed_images(name, weight, setup, t
     state = train.create_state(nn.init(setup.student, jax.random.key(6), setup.task.shape), optimizer)
     consts = {"teacher": teacher, "thresholds": {"low": jnp.float32(-9), "high": jnp.float32(-5)}}
     key = jax.random.key(3)
-    _, metrics = energy_kd.student_step(setup, made, optimizer, 5.0)(key, state, consts, batch, 0)
+    _, metrics = jax.jit(energy_kd.student_step(setup, made, optimizer, 5.0))(key, state, consts, batch, 0)
     images = distillation.view(setup, jax.random.split(key)[0], consts, batch)["image"]
     logits = setup.teach(teacher, images)
     own, again = (setup.student.apply(state.variables, x).logits for x in (images, mixed))

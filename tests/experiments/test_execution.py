@@ -33,26 +33,21 @@ def run(workdir, *changes):
 
 def test_the_shipped_step_is_the_same_in_parts_and_with_remat(x64, tmp_path):
     plain = run(tmp_path / "plain", "precision=float64")
-    for name, changes in {"parts": ("microbatches=2",), "both": ("microbatches=2", "remat=True")}.items():
-        found = run(tmp_path / name, "precision=float64", *changes)
-        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
-            assert jnp.asarray(one).dtype == jnp.float64
-            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+    found = run(tmp_path / "changed", "precision=float64", "microbatches=2", "remat=True")
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        assert jnp.asarray(one).dtype == jnp.float64
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_bfloat16_keeps_parameters_and_metrics_float32(smoke, tmp_path):
-    params, logged = run(tmp_path / "run", "precision=bfloat16")
+def test_bfloat16_keeps_parameters_and_metrics_float32_and_an_average_is_published(smoke, tmp_path):
+    params, logged = run(tmp_path / "run", "precision=bfloat16", "average.kind=mean")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     wanted = [json.loads(line) for line in (smoke / "metrics.jsonl").read_text().splitlines()]
     losses = [record["train"]["loss"] for record in wanted if record["stage"] == ARM and "train" in record]
     found = [record["loss"] for record in logged]
     np.testing.assert_allclose(found, losses, rtol=0.02)
     assert not np.allclose(found, losses, rtol=1e-6), "computed in another precision"
-
-
-def test_averages_are_what_the_run_publishes(smoke, tmp_path):
-    averaged, _ = run(tmp_path / "run", "average.kind=mean", "arms.energy_kd.epochs=0.8")
+    # Two steps: their mean is half a step away from the last.
     last = jkd_train.load_outcome(smoke, ARM).published
-    # Two steps at small rates: the mean of both lies between the first and the last.
-    distance = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), averaged, last)
-    assert 0 < max(jax.tree.leaves(distance)) < 0.1
+    distances = jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, last))
+    assert 1e-4 < max(distances) < 0.1

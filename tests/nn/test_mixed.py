@@ -38,8 +38,8 @@ def both(layer, x):
         def loss(variables, x, module=module):
             return (module.apply(variables, x).astype(jnp.float32) ** 2).sum()
 
-        out = module.apply(variables, x)
-        found.append((out, *jax.grad(loss, (0, 1))(variables, x)))
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        found.append((jax.jit(module.apply)(variables, x), *gradient(variables, x)))
     return found
 
 
