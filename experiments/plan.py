@@ -79,6 +79,8 @@ class StagePlan:
       report: a `jkd.train.plan.PlanReport`.
       batch_size: images in one call of the program.
       programs: how often the program is called in one step.
+      model_flops: of a device in one call, as the step is written: its products and convolutions. The program's own
+        may be more: padding, rematerialization, elementwise work.
       cached: whether it was made before.
       searched: of `largest_batch`: {"batch_size", "next", "refused"}: the next candidate, and why it is none.
     """
@@ -86,6 +88,7 @@ class StagePlan:
     report: Any
     batch_size: int
     programs: int
+    model_flops: float
     cached: bool
     searched: dict[str, Any] | None = None
 
@@ -102,6 +105,7 @@ class StagePlan:
             **self.report.to_dict(),
             "batch_size": self.batch_size,
             "programs_per_step": self.programs,
+            "model_flops": self.model_flops,
             "images_per_second": rates,
             "cached": self.cached,
         }
@@ -190,7 +194,8 @@ def _compile(stage: Any, devices: Any) -> dict[str, Any]:
         return {"too_large": str(error).splitlines()[0]}
     if made.hbm_limit and made.total > made.hbm_limit:
         return {"too_large": f"it needs {made.total} bytes of {made.hbm_limit}."}
-    return {"report": made.to_dict(), "batch_size": stage.batch_size, "programs": stage.programs}
+    own = {"batch_size": stage.batch_size, "programs": stage.programs, "model_flops": stage.model_flops / len(devices)}
+    return {"report": made.to_dict(), **own}
 
 
 def _stage_plan(name: str, entry: dict[str, Any], *, cached: bool) -> StagePlan:
@@ -201,7 +206,8 @@ def _stage_plan(name: str, entry: dict[str, Any], *, cached: bool) -> StagePlan:
             f"The step of stage {name!r} does not fit: {entry['too_large']} Use a smaller batch_size, more devices, or "
             "mesh.fsdp to split parameters and optimizer states."
         )
-    return StagePlan(PlanReport.from_dict(entry["report"]), entry["batch_size"], entry["programs"], cached)
+    own = {name: entry[name] for name in ("batch_size", "programs", "model_flops")}
+    return StagePlan(PlanReport.from_dict(entry["report"]), **own, cached=cached)
 
 
 def largest_batch(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jkd.train.checkpoint import is_key
 from jkd.train.ensemble import previous_of, stack
+from jkd.train.flops import count_flops
 from jkd.train.mesh import DEFAULT_RULES, Rules, check_batch_size, tree_shardings
 from jkd.train.passes import batch_axis
 from jkd.train.program import Plan, abstract, crossed_shapes, plan_stage, split_key, step_program
@@ -27,6 +28,7 @@ class LoweredStage(NamedTuple):
       batch_size: of the global batch, all members of a vectorized ensemble counted; 0 without data.
       programs: how often the loop calls the program in one step (the members of a looped ensemble).
       num_examples: rows that the stage trains on; 0 without data.
+      model_flops: of one call for the global batch, as the step is written; see `jkd.train.flops`.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LoweredStage(NamedTuple):
     batch_size: int
     programs: int
     num_examples: int
+    model_flops: float
 
 
 def lower_stages(
@@ -150,7 +153,7 @@ def _lower(stage: Stage, source: Any, plan: Plan, key: Any, mesh: Mesh, rules: R
     whole = NamedSharding(mesh, P())
     step_key = split_key(key)[2]
     program = step_program(stage.step, assemble, axis, log_every, mesh, tuple(rules))  # type: ignore[arg-type]
-    lowered = program.lower(
+    args = (
         plan.carry,
         plan.crossed,
         _laid_out(abstract(plan.consts), tree_shardings(plan.consts, mesh, rules)),
@@ -158,7 +161,8 @@ def _lower(stage: Stage, source: Any, plan: Plan, key: Any, mesh: Mesh, rules: R
         jax.ShapeDtypeStruct(step_key.shape, step_key.dtype, sharding=whole),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
-    return LoweredStage(stage.name, lowered, images, stage.members if stage.looped else 1, examples)
+    traced, programs = program.jitted(*args).trace(*args), stage.members if stage.looped else 1
+    return LoweredStage(stage.name, traced.lower(), images, programs, examples, count_flops(traced.jaxpr))
 
 
 def _laid_out(shapes: Any, shardings: Any) -> Any:

@@ -60,6 +60,7 @@ def check_by_hand(found, devices):
     """The student (64-384-10) goes forward and back, without a gradient of the images; the teacher forward."""
     weights, last = 64 * STUDENT + STUDENT * 10, STUDENT * 10
     flops = 2 * BATCH * (2 * weights + last + 64 * TEACHER + TEACHER * 10)
+    assert found["model_flops"] == flops / devices
     assert found["flops"] == pytest.approx(flops / devices, rel=0.04)
     gradients = 4 * (weights + STUDENT + 10)
     (reduced,) = [one for one in found["collectives"] if one["kind"] == "all-reduce"]
@@ -173,7 +174,7 @@ def pod_of(monkeypatch):
         def compile_one(stage, devices):
             if stage.batch_size > most:
                 return {"too_large": f"{stage.batch_size} are too many."}
-            return {"report": report.to_dict(), "batch_size": stage.batch_size, "programs": 1}
+            return {"report": report.to_dict(), "batch_size": stage.batch_size, "programs": 1, "model_flops": 1.0}
 
         from jkd.train.plan import PlanReport
 

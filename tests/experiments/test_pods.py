@@ -48,7 +48,9 @@ def test_the_page(pods, monkeypatch, tmp_path):
         sent = 2 * (row.chips - 1) * 46758048 // row.chips
         found = (Collective("all-reduce", "f32", 35, 46758048, sent, row.chips),)
         numbers = (0, 0, 2**30, 0, 0, 2**30, 2**34, 16.6e9 * 64, 2e10)
-        return StagePlan(PlanReport(row.chips, row.chips, "TPU v5 lite", *numbers, found, {}), 64 * row.chips, 1, True)
+        return StagePlan(
+            PlanReport(row.chips, row.chips, "TPU v5 lite", *numbers, found, {}), 64 * row.chips, 1, 1e12, True
+        )
 
     monkeypatch.setattr(pods.Row, "plan", plan)
     monkeypatch.setattr(pods, "ROOT", tmp_path)
