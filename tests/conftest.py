@@ -48,7 +48,6 @@ LONGEST_FIRST = (
     "test_resume",
     "test_cli",
     "test_launch",
-    "test_random_kills",
 )
 
 

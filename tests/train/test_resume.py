@@ -1,5 +1,7 @@
 """Killed at any moment and started again, a run ends with the bits of an uninterrupted one."""
 
+import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -78,6 +80,16 @@ def test_sigterm_saves_and_says_how_to_resume(uninterrupted, tmp_path):
     assert done.stdout == numbers
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     same(toys.final(whole, "student"), toys.final(tmp_path / "run", "student"))
+
+
+def test_randomly_killed_runs_end_bit_identical():
+    """A few kills over three stages; `random_kills.py --kills 60` is the whole of it."""
+    script = pathlib.Path(toys.__file__).with_name("random_kills.py")
+    command = [sys.executable, str(script), "--kills", "2", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == found["identical"] >= 2
 
 
 # --- damage on disk: in one process, the interruption is an exception ---
