@@ -60,7 +60,7 @@ def _accumulated(whole: Callable, parts: int) -> Callable:
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
         sums, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
-        return jax.tree.map(lambda x: x / parts if _floating(x) else x, sums)
+        return jax.tree.map(lambda x: x / parts if is_floating(x) else x, sums)
 
     return accumulated
 
@@ -71,9 +71,10 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
     return jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1)
 
 
-def _floating(x: Any) -> bool:
+def is_floating(x: Any) -> bool:
+    """Whether an array holds numbers that can be averaged; counters and keys cannot."""
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _add(total: jax.Array, x: jax.Array) -> jax.Array:
-    return total + x if _floating(x) else x  # a counter in the model's state counts steps
+    return total + x if is_floating(x) else x  # a counter in the model's state counts steps

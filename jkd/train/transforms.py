@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jkd.errors import UserError, unknown
 from jkd.train.caches import cached
-from jkd.train.gradient import SAVED
+from jkd.train.gradient import SAVED, is_floating
 from jkd.train.stage import Stage
 
 AVERAGES = ("ema", "mean")
@@ -98,7 +98,7 @@ def _averaged_step(step: Callable, publish: Callable, kind: str, decay: float, s
         weight = jnp.where(t < start, 1.0, weight)
 
         def move(old: jax.Array, x: jax.Array) -> jax.Array:
-            return old + weight.astype(old.dtype) * (x - old) if _floating(x) else x
+            return old + weight.astype(old.dtype) * (x - old) if is_floating(x) else x
 
         return {"state": new, "average": jax.tree.map(move, state["average"], publish(new))}, metrics
 
@@ -113,9 +113,5 @@ def _averaged_publish(publish: Callable) -> Callable:
     return published
 
 
-def _floating(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _floating(x) else x
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_floating(x) else x

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_experiments import QUIET, SMOKE
+from helpers_experiments import SMOKE, published, run
 
-from experiments import cli, distillation, energy_kd, train
+from experiments import cli, distillation, energy_kd
 from jkd import data, nn
 from jkd import train as jkd_train
 
@@ -24,15 +24,6 @@ ARMS = [
     "kd_he_da",
     "kd_long",
 ]
-
-
-def run(workdir, *changes):
-    train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{change}" for change in changes)])
-    return workdir
-
-
-def published(workdir, stage):
-    return jax.tree.map(np.asarray, jkd_train.load_outcome(workdir, stage).published)
 
 
 def largest_difference(first, second):

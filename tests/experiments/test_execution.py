@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_experiments import QUIET, SMOKE
+from helpers_experiments import run
 
-from experiments import train
 from jkd import train as jkd_train
 
 ARM = "energy_kd"
@@ -22,25 +21,24 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-def run(workdir, *changes):
+def run_arm(workdir, *changes):
     """The published parameters of an arm, and all logged metrics of its steps."""
-    fields = (f"only={ARM}", *changes)
-    train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{field}" for field in fields)])
+    run(workdir, f"only={ARM}", *changes)
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     logged = [record["train"] for record in records if record["stage"] == ARM and "train" in record]
     return jkd_train.load_outcome(workdir, ARM).published, logged
 
 
 def test_the_shipped_step_is_the_same_in_parts_and_with_remat(x64, tmp_path):
-    plain = run(tmp_path / "plain", "precision=float64")
-    found = run(tmp_path / "changed", "precision=float64", "microbatches=2", "remat=True")
+    plain = run_arm(tmp_path / "plain", "precision=float64")
+    found = run_arm(tmp_path / "changed", "precision=float64", "microbatches=2", "remat=True")
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
         assert jnp.asarray(one).dtype == jnp.float64
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_bfloat16_keeps_parameters_and_metrics_float32_and_an_average_is_published(smoke, tmp_path):
-    params, logged = run(tmp_path / "run", "precision=bfloat16", "average.kind=mean")
+    params, logged = run_arm(tmp_path / "run", "precision=bfloat16", "average.kind=mean")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     wanted = [json.loads(line) for line in (smoke / "metrics.jsonl").read_text().splitlines()]
     losses = [record["train"]["loss"] for record in wanted if record["stage"] == ARM and "train" in record]

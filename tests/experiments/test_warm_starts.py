@@ -5,7 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers_experiments import QUIET, SMOKE, listing
+from helpers_experiments import SMOKE, listing, published, run
 
 from experiments import cli, evaluate, predict, train
 from jkd import train as jkd_train
@@ -13,15 +13,6 @@ from jkd.interop.safetensors import save_safetensors
 
 # Steps that change nothing: what was taken is what is published.
 STILL = ("arms.ce.lr=1e-30", "student.weight_decay=0", "only=ce")
-
-
-def run(workdir, *changes):
-    train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET, *(f"--config.{change}" for change in changes)])
-    return workdir
-
-
-def published(workdir, stage):
-    return jax.tree.map(np.asarray, jkd_train.load_outcome(workdir, stage).published)
 
 
 def equal(first, second):

@@ -4,11 +4,11 @@ import os
 import pathlib
 import re
 import shlex
-import socket
 import subprocess
 import sys
 
 import pytest
+import toys
 
 from experiments import cli, plan, train
 
@@ -26,12 +26,6 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(os.path.expandvars(line)) for line in found]
 
 
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 @pytest.fixture
 def environment(tmp_path):
     """Where `python` is this one, and runs land in a folder of their own."""
@@ -46,7 +40,7 @@ def environment(tmp_path):
 
 @pytest.mark.parametrize("text", RUNNABLE, ids=[re.search(r"runs/(\w+)", text)[1] for text in RUNNABLE])
 def test_a_block_runs(text, environment, tmp_path):
-    script = text.replace("9876", free_port())
+    script = text.replace("9876", toys.free_port())
     done = subprocess.run(
         ["bash", "-ec", f"{script}\nwait"],
         cwd=tmp_path,

@@ -18,12 +18,6 @@ STEPS = 300
 LIMIT = 120  # seconds
 
 
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 def launch(
     workdir: pathlib.Path, *extra: list[str], devices: int, steps: int = STEPS, first: int = 0, within: int = LIMIT
 ) -> list[tuple[int, str]]:
@@ -34,7 +28,7 @@ def launch(
     common = [sys.executable, toys.__file__, str(workdir), "--x64", "--steps", str(steps)]
     common += ["--checkpoint-every", "200", "--devices", str(devices)]
     if len(extra) > 1:
-        common += ["--processes", str(len(extra)), "--port", free_port()]
+        common += ["--processes", str(len(extra)), "--port", toys.free_port()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     started = [subprocess.Popen([*common, "--process", str(i), *args], **quiet) for i, args in enumerate(extra)]
     try:
@@ -132,7 +126,7 @@ def test_when_one_is_killed_the_other_says_so_and_ends(killed, moment, tmp_path)
 
 def test_rows_keep_their_places_whatever_the_order_of_the_mesh():
     script = pathlib.Path(toys.__file__).parent / "rows_on_meshes.py"
-    port = free_port()
+    port = toys.free_port()
     started = [
         subprocess.Popen(
             [sys.executable, str(script), port, str(process)],

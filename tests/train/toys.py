@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import time
 
 import jax
@@ -183,6 +184,13 @@ def x64():
         yield
     finally:
         jax.config.update("jax_enable_x64", False)
+
+
+def free_port() -> str:
+    """A port of the loopback that nobody listens to."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 def kill() -> None:
