@@ -17,7 +17,11 @@ from jkd import train
 from jkd.errors import UserError
 from jkd.train import checkpoint, damage, log, loop, workdir
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = [
+    pytest.mark.usefixtures("alone"),
+    # gcsfs hands aiohttp every file above 1 MB (a trace may be one) in a way that aiohttp warns of.
+    pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning"),
+]
 OPTIONS = train.LoopOptions(checkpoint_every=10, progress=False, tensorboard=False)
 LIMIT = 120
 
