@@ -12,19 +12,20 @@ from experiments import cli, train
 from jkd.train import loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from helpers_experiments import QUIET, SMOKE, listing
+from helpers_experiments import QUIET, SMOKE, SMOKE_ARMS, listing
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """The workdir of the shipped smoke run, every arm, by the command's own main; the workers share it."""
+    """The workdir of the shipped smoke run, every kind of arm, by the command's own main; the workers share it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     workdir = shared / "smoke"
     with (shared / "smoke.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (workdir / "results.json").exists():
-            train.main(["--config", SMOKE, "--workdir", str(workdir), *QUIET])
+            arms = f"--config.only={','.join(SMOKE_ARMS)}"
+            train.main(["--config", SMOKE, "--workdir", str(workdir), arms, *QUIET])
     return workdir
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers_experiments import QUIET, SMOKE, listing
+from helpers_experiments import QUIET, SMOKE, SMOKE_ARMS, listing
 
 from experiments import cli, evaluate, train
 
@@ -139,7 +139,8 @@ def test_workdirs_that_cannot_be_used(refused, untouched, tmp_path):
 def test_a_workdir_of_another_config(smoke, refused):
     workdir = smoke
     before = listing(workdir)
-    line = refused(train.main, "--config", SMOKE, "--workdir", workdir, "--config.arms.kd.lr=0.02")
+    same = f"--config.only={','.join(SMOKE_ARMS)}"
+    line = refused(train.main, "--config", SMOKE, "--workdir", workdir, same, "--config.arms.kd.lr=0.02")
     assert f"The workdir {workdir} belongs to another config: arms.kd.lr was 0.01 and is 0.02. Give the config" in line
     assert listing(workdir) == before
 

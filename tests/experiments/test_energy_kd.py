@@ -6,40 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_experiments import SMOKE, published, run
+from helpers_experiments import SMOKE, SMOKE_ARMS, published, run
 
 from experiments import cli, distillation, energy_kd
 from jkd import data, nn
 from jkd import train as jkd_train
-
-ARMS = [
-    "ce",
-    "dkd",
-    "energy_dkd",
-    "energy_kd",
-    "energy_kd_long",
-    "energy_kd_reversed",
-    "kd",
-    "kd_cutmix",
-    "kd_he_da",
-    "kd_long",
-]
 
 
 def largest_difference(first, second):
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), first, second)))
 
 
-def test_smoke_runs_every_arm_for_two_steps(smoke):
+def test_smoke_runs_its_arms_for_two_steps(smoke):
     workdir = smoke
     results = json.loads((workdir / "results.json").read_text())
     assert list(results) == ["method", "config", "stages", "results", "versions"]
     assert results["method"] == "energy_kd"
     assert results["config"]["data"]["name"] == "digits8x8"
     assert {"python", "jax", "flax", "optax"} <= set(results["versions"])
-    assert list(results["stages"]) == ["teacher", *ARMS]
+    assert list(results["stages"]) == ["teacher", *SMOKE_ARMS]
     assert all(stage["steps"] == 2 for stage in results["stages"].values())
-    assert set(results["results"]["test/top1"]) == {"teacher", *ARMS}
+    assert set(results["results"]["test/top1"]) == {"teacher", *SMOKE_ARMS}
     row = results["results"]["test/top1"]["energy_kd"]
     assert row["seeds"] == 2
     assert row["difference"]["to"] == "kd"
@@ -55,7 +42,7 @@ def test_smoke_measures_the_teacher_and_the_groups(smoke):
         "energy/accuracy_low_energy",
         "energy/accuracy_high_energy",
     }
-    for name in ARMS:
+    for name in SMOKE_ARMS:
         metrics = stages[name]["metrics"]
         assert ("groups/share_low" in metrics) == name.startswith(("energy", "kd_he_da"))
         assert all(np.shape(values) == (2,) for values in metrics.values())
@@ -68,10 +55,8 @@ def test_smoke_measures_the_teacher_and_the_groups(smoke):
     assert np.all((shares >= 16 / 40) & (shares <= 24 / 40))
 
 
-def test_arms_of_equal_settings_are_equal_bit_by_bit(smoke):
+def test_arms_differ_by_their_settings_and_seeds_by_their_numbers(smoke):
     workdir = smoke
-    for long, short in (("kd_long", "kd"), ("energy_kd_long", "energy_kd")):
-        assert largest_difference(published(workdir, long), published(workdir, short)) == 0
     assert largest_difference(published(workdir, "energy_kd"), published(workdir, "energy_kd_reversed")) > 0
     teacher = published(workdir, "teacher")
     assert largest_difference(*(jax.tree.map(lambda x, k=k: x[k], teacher) for k in (0, 1))) > 0
@@ -151,7 +136,7 @@ def test_every_variant_builds_its_stages(built, variant, model, classes, seeds, 
     config, stages = built[variant]
     energy_kd.check(config)
     more = ["dkd_long", "energy_dkd_long", "energy_kd_reversed_long"] if variant.startswith("cifar") else []
-    assert list(stages) == ["teacher", *sorted(ARMS + more)]
+    assert list(stages) == ["teacher", *sorted([*SMOKE_ARMS, "dkd", "energy_kd_long", "kd_cutmix", "kd_long", *more])]
     assert {(stage.members, stage.looped) for stage in stages.values()} == {(seeds, looped)}
     assert {name: stages[name].num_steps for name in steps} == steps
     setup = distillation.Setup.of(config)

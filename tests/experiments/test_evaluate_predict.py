@@ -102,9 +102,9 @@ def test_evaluation_refuses(run, refused, tmp_path):
 
 def test_unfinished_stages_are_named(run, refused, tmp_path):
     part = tmp_path / "part"
-    shutil.copytree(run, part, ignore=lambda folder, names: [n for n in names if n.endswith("-kd_long")])
-    line = refused(evaluate.main, "--workdir", part, "--stage", "kd_long")
-    assert "holds no finished stage 'kd_long'; finish its training first." in line
+    shutil.copytree(run, part, ignore=lambda folder, names: [n for n in names if n.endswith("-energy_dkd")])
+    line = refused(evaluate.main, "--workdir", part, "--stage", "energy_dkd")
+    assert "holds no finished stage 'energy_dkd'; finish its training first." in line
     shutil.rmtree(part / "stages")
     assert "holds no finished stage; finish its training first." in refused(evaluate.main, "--workdir", part)
 

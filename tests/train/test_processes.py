@@ -14,7 +14,7 @@ import toys
 from jkd.errors import EXIT_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.usefixtures("alone")
-STEPS = 300
+STEPS = 100  # test_mesh.py takes 300
 LIMIT = 120  # seconds
 
 
