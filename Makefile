@@ -7,7 +7,8 @@ PYTHONS ?= python3.11 python3 python3.12 python3.13 python3.14
 NEXT_PYTHONS ?= python3 $(foreach minor,13 14 15 16,python3.$(minor)) \
 	$(wildcard $(HOME)/.pyenv/versions/*/bin/python3.1[3-9])
 
-PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is; of what is installed that is little.
+PIP_INSTALL := bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 INPUTS := requirements.txt pyproject.toml
 
