@@ -17,6 +17,8 @@ from jkd.errors import UserError, unknown
 
 SPLIT_SEEDS = 2**31 - 1
 SCHEDULES = ("cosine", "steps")
+# Published augmentation policies for color images, by name.
+POLICIES: dict[str, Any] = {"none": None}
 PRECISIONS = ("float32", "bfloat16", "float64")
 
 
@@ -77,10 +79,18 @@ class Task:
         whole = self.test if name == "test" else self.pool
         return data.source(whole.subset(np.asarray(consts["rows"][name])), batch_size, seed=None, **self.loader)
 
-    def draw(self, key: jax.Array) -> dict[str, Any]:
-        """The consts that `source` and `part` need, drawn from a stage's prepare key."""
+    def draw(self, key: jax.Array, replica: int = 0) -> dict[str, Any]:
+        """The consts that `source` and `part` need, drawn from a stage's prepare key.
+
+        Another `replica` reads the same rows in another order.
+        """
         split, order = jax.random.split(key)
-        return {"rows": self.split(split), "order": jax.random.randint(order, (), 0, SPLIT_SEEDS)}
+        return {"rows": self.split(split), "order": jax.random.randint(replica_key(order, replica), (), 0, SPLIT_SEEDS)}
+
+
+def replica_key(key: jax.Array, replica: int) -> jax.Array:
+    """The key of one of several equal stages that should differ; the first keeps `key`."""
+    return jax.random.fold_in(key, replica) if replica else key
 
 
 def load_task(config: ConfigDict) -> Task:
@@ -141,27 +151,40 @@ class Views:
         return data.normalize(images, self.mean, self.std)
 
 
-def make_views(config: ConfigDict) -> Views:
-    """The views of a config's `data` section: shift, pad_crop and flip, in this order.
+def make_views(config: ConfigDict) -> dict[str, Views]:
+    """The "weak" and the "strong" views of a config's `data` section, each with its steps in the order of its fields.
 
     Raises:
-      UserError: for a negative shift or padding, or a `std` that is not positive.
+      UserError: for a negative size, an unknown policy, or a `std` that is not positive.
     """
     c = config.data
-    for name in ("shift", "pad_crop"):
-        if c[name] < 0:
-            raise UserError(f"data.{name} must be >= 0 pixels, got {c[name]}.")
     for name, least in (("mean", -math.inf), ("std", 0.0)):
         if not all(math.isfinite(value) and value > least for value in c[name]):
             raise UserError(f"data.{name} must be finite{' and > 0' if name == 'std' else ''}, got {c[name]}.")
+    return {
+        name: Views(augmentation(c[name], f"data.{name}"), tuple(c.mean), tuple(c.std)) for name in ("weak", "strong")
+    }
+
+
+def augmentation(section: ConfigDict, field: str) -> Callable:
+    """The steps of one section, composed: policy, shift, pad_crop, flip, cutout."""
+    for name in ("shift", "pad_crop", "cutout"):
+        if section[name] < 0:
+            raise UserError(f"{field}.{name} must be >= 0 pixels, got {section[name]}.")
+    if section.policy not in POLICIES:
+        raise unknown(f"{field}.policy", section.policy, tuple(POLICIES))
     steps: list[Callable] = []
-    if c.shift:
-        steps.append(functools.partial(data.shift, max_shift=c.shift))
-    if c.pad_crop:
-        steps.append(functools.partial(data.pad_crop, padding=c.pad_crop))
-    if c.flip:
+    if section.shift:
+        steps.append(functools.partial(data.shift, max_shift=section.shift))
+    if section.pad_crop:
+        steps.append(functools.partial(data.pad_crop, padding=section.pad_crop))
+    if section.flip:
         steps.append(data.flip)
-    return Views(data.compose(*steps) if steps else lambda key, images: images, tuple(c.mean), tuple(c.std))
+    if section.policy != "none":
+        steps.append(POLICIES[section.policy])
+    if section.cutout:
+        steps.append(functools.partial(data.cutout, size=section.cutout))
+    return data.compose(*steps) if steps else lambda key, images: images
 
 
 def build_model(config: ConfigDict, task: Task, precision: str) -> Any:
@@ -269,7 +292,8 @@ def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonne
 def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
     """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
 
-    `milestones` are epochs: the rate drops tenfold after each of them.
+    `milestones` are epochs: the rate drops tenfold after each of them. In the first `warmup_epochs` it is scaled by
+    (t + 1) / (their steps).
 
     Raises:
       UserError: for another schedule; `check_schedule` says so with the name of the section.
@@ -281,12 +305,18 @@ def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoc
         schedule = optax.piecewise_constant_schedule(lr, drops)
     else:
         raise unknown("schedule", config.schedule, SCHEDULES)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum))
+    rate, rising = schedule, round(config.warmup_epochs * steps_per_epoch)
+    if rising:
+
+        def rate(t: Any) -> Any:
+            return schedule(t) * jnp.minimum((t + 1) / rising, 1.0)
+
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum))
 
 
-def steps_of(config: ConfigDict, task: Task, epochs: float) -> tuple[int, float]:
-    """The number of steps in so many epochs, and the steps in one."""
-    per_epoch = task.sizes["train"] / config.batch_size
+def steps_of(config: ConfigDict, task: Task, epochs: float, batch_size: int = 0) -> tuple[int, float]:
+    """The number of steps in so many epochs, and the steps in one; of the config's batch size by default."""
+    per_epoch = task.sizes["train"] / (batch_size or config.batch_size)
     return max(1, round(epochs * per_epoch)), per_epoch
 
 
