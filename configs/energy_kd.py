@@ -58,7 +58,7 @@ def cifar100(config: ConfigDict, pair: str) -> None:
     for name in arms:
         if name.endswith("_long"):
             arms[name].milestones = (150, 180, 210, 240, 270, 300)
-    # The authors' share of ResNet-56 -> 20; theirs of DKD also serve Energy DKD, which they trained for other nets only.
+    # The authors' for these pairs. Those of DKD also serve Energy DKD, which they trained for other nets only.
     if pair == "resnet56-resnet20":
         arms.kd_he_da.high_rate = 0.4
     beta = {"resnet56-resnet20": 2.0, "vgg13-vgg8": 6.0}.get(pair, 8.0)

@@ -1,9 +1,9 @@
 """Arms: students of one config that differ in their loss, their temperatures, their teachers and what they see.
 
-An arm's loss is a weighted sum of terms, each a function of the student's and one teacher's logits; with several teachers
-it is the mean over them. The terms are independent of the temperatures (fixed, or by the teacher's energy), of the
-teachers (any number, each with a pruned copy or without) and of a second, augmented look at the images: whatever a paper
-calls a method is a choice of each.
+An arm's loss is a weighted sum of terms, each a function of the student's and one teacher's logits; with several
+teachers it is the mean over them. The terms do not depend on how temperatures are chosen (fixed, or by the teacher's
+energy), on the teachers (any number, with a pruned copy or without), or on a second, augmented look at the images:
+whatever a paper calls a method is a choice of each.
 """
 
 import functools
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from experiments import classification as cls
 from experiments import distillation as dst
+from experiments.distillation_setup import Setup, selected_arms
+from experiments.warm_starts import warm_stages
 from jkd import data, distill, metrics, nn, train
 from jkd.errors import UserError, unknown
 
@@ -62,7 +64,7 @@ def _rank(arm: ConfigDict, seen: Seen) -> jax.Array:
     return distill.spearman_loss(seen.student, seen.teacher, weight=1.0, rank_mode=arm.rank_mode, tau=arm.tau)
 
 
-# Terms that compare a student with a teacher, by the name of their weight. Those without labels also serve mixed images.
+# What compares a student with a teacher, by the name of its weight. Mixed images have no labels.
 SOFT: dict[str, Callable[[ConfigDict, Seen], jax.Array]] = {
     "kd": _kd,
     "dkd": _dkd,
@@ -76,7 +78,7 @@ LABELED = ("dkd",)
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for arms that could not run, before any data is read."""
-    for name in dst.selected_arms(config):
+    for name in selected_arms(config):
         arm, field = config.arms[name], f"arms.{name}"
         choices = {"temperatures": TEMPERATURES, "mix": MIXES, "mixer": MIXERS, "pruned_statistics": STATISTICS}
         for one, known in {**choices, "rank_mode": RANKS, "view": dst.VIEWS}.items():
@@ -153,7 +155,7 @@ def temperature(arm: ConfigDict, teacher_logits: Any, consts: Any, teacher: str)
     return distill.energy_temperature(energy, limits["low"], limits["high"], **rule)
 
 
-def student_step(setup: dst.Setup, arm: ConfigDict, optimizer: Any, steps_per_epoch: float) -> train.ModelStep:
+def student_step(setup: Setup, arm: ConfigDict, optimizer: Any, steps_per_epoch: float) -> train.ModelStep:
     """`Stage.step` of an arm."""
     loss = objective(arm, steps_per_epoch)
 
@@ -187,7 +189,7 @@ def uses_energy(arm: ConfigDict) -> bool:
     return arm.temperatures == "energy" or arm.mix == "high_energy"
 
 
-def find_thresholds(setup: dst.Setup, arm: ConfigDict, consts: Any, key: Any, sweep: Any) -> dict[str, Any]:
+def find_thresholds(setup: Setup, arm: ConfigDict, consts: Any, key: Any, sweep: Any) -> dict[str, Any]:
     """The energy thresholds of an arm's teachers: over one pass of training views, or all cached ones."""
     if not uses_energy(arm):
         return {}
@@ -266,12 +268,12 @@ def stages(
     """
     dst.check(config)
     check(config)
-    setup = dst.Setup.of(config)
+    setup = Setup.of(config)
     students = []
-    for name in dst.selected_arms(config):
+    for name in selected_arms(config):
         arm = config.arms[name]
         step = functools.partial(student_step, setup, arm)
         thresholds = functools.partial(find_thresholds, setup, arm)
         more = student_evaluators(setup, arm) if student_evaluators else {}
         students.append(dst.student_stage(setup, name, step, thresholds, more))
-    return [*dst.warm_stages(setup), *dst.teacher_stages(setup, teacher_evaluators), *students]
+    return [*warm_stages(setup), *dst.teacher_stages(setup, teacher_evaluators), *students]

@@ -5,54 +5,30 @@ epochs. A teacher's stage trains a network or takes it from a finished run; stud
 a fixed bank of views.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import classification as cls
+from experiments.distillation_setup import (
+    Setup,
+    bank_view,
+    selected_arms,
+    selected_teachers,
+    teacher_section,
+    variable_shapes,
+)
 from experiments.stored import Stored, check_seeds, one_of, stored_stage
+from experiments.warm_starts import check_warm, warm_needs, warmed
 from jkd import distill, metrics, nn, prune, train
 from jkd.errors import UserError, unknown
-from jkd.train.log import console
-from jkd.train.warm import parse_rules
 
 TEACHERS = ("live", "cached")
 VIEWS = ("weak", "strong")
-
-
-def selected_arms(config: ConfigDict) -> list[str]:
-    """The arms to run: those in `only`, or all; names of teachers alone train no student."""
-    for name in config.only:
-        if name not in (*config.arms, *config.teachers):
-            raise unknown("arm in config.only", name, (*config.arms, *config.teachers))
-    return [name for name in config.only or config.arms if name in config.arms]
-
-
-def selected_teachers(config: ConfigDict) -> list[str]:
-    """The teachers to run, in the config's order: those in `only`, and those of the selected arms."""
-    wanted = {*config.only, *(name for arm in selected_arms(config) for name in config.arms[arm].teachers)}
-    return [name for name in config.teachers if name in wanted]
-
-
-def teacher_section(config: ConfigDict, name: str) -> ConfigDict:
-    """The section `teacher` with the changes of one teacher."""
-    section = config.teacher.copy_and_resolve_references()
-    for field, value in config.teachers[name].items():
-        if field not in section:
-            raise unknown(f"field of teachers.{name}", field, section)
-        section[field] = value
-    return section
-
-
-def batch_size(config: ConfigDict, arm: ConfigDict) -> int:
-    """An arm's own, or the config's."""
-    return arm.batch_size or config.batch_size
 
 
 def check(config: ConfigDict) -> None:
@@ -91,78 +67,6 @@ def check_section(section: ConfigDict, field: str) -> None:
         raise UserError(f"{field}.smoothing must lie in [0, 1], got {section.smoothing}.")
     if section.bank < 1:
         raise UserError(f"{field}.bank must be >= 1 views of each image, got {section.bank}.")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Setup:
-    """What the stages of one config share.
-
-    Attributes:
-      config: the whole of it.
-      task: its data.
-      views: "weak" and "strong": how images are augmented.
-      teachers: the teachers' models by name.
-      student: the model of all students.
-    """
-
-    config: Any
-    task: cls.Task
-    views: Mapping[str, cls.Views]
-    teachers: Mapping[str, Any]
-    student: Any
-
-    @classmethod
-    def of(cls_, config: ConfigDict) -> "Setup":
-        """Loads the data and builds the models of a config."""
-        task = cls.load_task(config)
-        build = functools.partial(cls.build_model, task=task, precision=config.precision)
-        teachers = {name: build(teacher_section(config, name)) for name in config.teachers}
-        return cls_(config, task, cls.make_views(config), teachers, build(config.student))
-
-    @property
-    def cached(self) -> bool:
-        """Whether students see cached logits of the teachers."""
-        return self.config.teacher.source == "cached"
-
-    def model(self, stage: str) -> Any:
-        """The model that a stage trains."""
-        return self.teachers.get(stage, self.student)
-
-    def teach(self, name: str, variables: Any, images: jax.Array) -> jax.Array:
-        """A teacher's logits, in evaluation mode and without gradient."""
-        return jax.lax.stop_gradient(self.teachers[name].apply(variables, images, train=False).logits)
-
-    # One function object for all arms: equal programs then compile once.
-
-    @functools.cached_property
-    def bank_logits(self) -> dict[tuple[str, str], Callable]:
-        """For `sweep`: a teacher's logits for one view of a bank, by its name and the strength of the views."""
-
-        def logits(name: str, strength: str, args: Any, batch: Any, key: jax.Array) -> jax.Array:
-            views = self.views[strength]
-            return self.teach(
-                name, args["teacher"], bank_view(views, args["bank_key"], args["view"], batch["index"], batch["image"])
-            )
-
-        return self._by_teacher(logits)
-
-    @functools.cached_property
-    def energies(self) -> dict[tuple[str, str], Callable]:
-        """For `sweep`: a teacher's energy for random views, by its name and the strength of the views."""
-
-        def energies(name: str, strength: str, teacher: Any, batch: Any, key: jax.Array) -> jax.Array:
-            return distill.energy_score(self.teach(name, teacher, self.views[strength].train(key, batch["image"])))
-
-        return self._by_teacher(energies)
-
-    def _by_teacher(self, fn: Callable) -> dict[tuple[str, str], Callable]:
-        return {(name, view): functools.partial(fn, name, view) for name in self.teachers for view in self.views}
-
-    @functools.cached_property
-    def accuracies(self) -> dict[str, train.Evaluator]:
-        """The accuracies of a student."""
-        _, per_epoch = cls.steps_of(self.config, self.task, 1)
-        return cls.accuracy_evaluators(self.config, self.task, self.student, self.views["weak"], per_epoch)
 
 
 def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
@@ -236,11 +140,6 @@ def load_teacher(setup: Setup, name: str, section: ConfigDict) -> train.Stage:
     return stored_stage(name, Stored(section.workdir, section.stage or name), setup.config, check)
 
 
-def variable_shapes(setup: Setup, stage: str) -> Any:
-    """The shapes and dtypes of the variables of the model that a stage trains."""
-    return jax.eval_shape(lambda: nn.init(setup.model(stage), jax.random.key(0), setup.task.shape))
-
-
 def check_teacher(outcome: train.Outcome, shapes: Any, section: ConfigDict, config: ConfigDict) -> None:
     """Raises UserError unless a stored teacher is the model, and of the classes and seeds, that the config names."""
     check_seeds(outcome, config, f"The teacher in {section.workdir}")
@@ -270,63 +169,6 @@ def initializer(setup: Setup, stage: str, optimizer: Any, replica: int = 0) -> C
         return train.create_state(warmed(setup, part, variables, previous), optimizer)
 
     return init
-
-
-# --- warm starts ---
-
-
-def warm_parts(config: ConfigDict) -> list[str]:
-    """Those of "teacher" and "student" that start from stored variables, `init_from`."""
-    trained = {"teacher": not config.teacher.workdir, "student": bool(selected_arms(config))}
-    return [part for part, trains in trained.items() if trains and config[part].init_from]
-
-
-def warm_stages(setup: Setup) -> list[train.Stage]:
-    """The stages "init_teacher" and "init_student", where the config asks for them: they hold what to start from."""
-    return [_warm_stage(setup, part) for part in warm_parts(setup.config)]
-
-
-def warm_needs(setup: Setup, part: str) -> tuple[str, ...]:
-    """What a stage that trains the "teacher" or a "student" needs for its start."""
-    return (f"init_{part}",) if part in warm_parts(setup.config) else ()
-
-
-def warmed(setup: Setup, part: str, variables: Any, previous: Mapping[str, train.Outcome]) -> Any:
-    """Initialized variables, or what they are after the warm start."""
-    for name in warm_needs(setup, part):
-        rules = parse_rules(setup.config[part].init_rules)
-        variables, _ = train.warm_start(variables, previous[name].published, rules)
-    return variables
-
-
-def check_warm(config: ConfigDict) -> None:
-    """Raises UserError for warm starts that cannot be read, before any data is."""
-    for part in ("teacher", "student"):
-        parse_rules(config[part].init_rules)
-        if config[part].init_from:
-            Stored.parse(config[part].init_from, f"{part}.init_from")
-    if config.teacher.workdir and config.teacher.init_from:
-        raise UserError("teacher.workdir gives a finished teacher, which takes no teacher.init_from: leave one out.")
-
-
-def _warm_stage(setup: Setup, part: str) -> train.Stage:
-    section = setup.config[part]
-    shapes = variable_shapes(setup, next(iter(setup.teachers)) if part == "teacher" else part)
-    stored = Stored.parse(section.init_from, f"{part}.init_from")
-
-    def check(outcome: train.Outcome) -> Any:
-        check_seeds(outcome, setup.config, str(stored))
-        return train.warm_start(shapes, one_of(outcome), parse_rules(section.init_rules))[1]
-
-    def say(outcome: train.Outcome) -> None:
-        report = check(outcome)
-        if jax.process_index() == 0:
-            console.print(f"Warm start of the {part} from {stored}: {report.summary()}.", soft_wrap=True)
-            if report.table().row_count:
-                console.print(report.table())
-
-    stage = stored_stage(f"init_{part}", stored, setup.config, say)
-    return dataclasses.replace(stage, check=lambda: check(stored.shapes()) and None)
 
 
 # --- the students ---
@@ -384,16 +226,6 @@ def student_stage(
 def pruned(variables: Any, rate: float) -> Any:
     """The variables with the smallest weights of every layer set to zero."""
     return {**variables, "params": prune.prune_params(variables["params"], rate)}
-
-
-def bank_view(views: cls.Views, key: Any, view: Any, index: jax.Array, images: jax.Array) -> jax.Array:
-    """View `view` of each image: decided by the view's and the image's number alone, whatever the batch."""
-    view = jnp.broadcast_to(view, index.shape)
-
-    def one(number: Any, row: Any, image: jax.Array) -> jax.Array:
-        return views.train(jax.random.fold_in(jax.random.fold_in(key, number), row), image[None])[0]
-
-    return jax.vmap(one)(view, index, images)
 
 
 def cache_logits(

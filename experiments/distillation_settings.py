@@ -34,9 +34,9 @@ LIGHT = ("mobilenet", "shufflenet")  # students that take a learning rate of 0.0
 
 
 def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
-    """One student; `experiments/arms.py` says what the fields do. `weights` of the terms of its loss: 0 leaves one out."""
+    """One student, as `experiments/arms.py` makes it; of its loss, terms without a weight are left out."""
     config = ConfigDict()
-    config.weights = ConfigDict({name: 0.0 for name in WEIGHTS} | dict(weights))
+    config.weights = ConfigDict(dict.fromkeys(WEIGHTS, 0.0) | dict(weights))
     config.lr, config.epochs, config.milestones = 0.01, 40.0, (0,)
     config.batch_size = 0  # 0: that of the config
     config.teachers = ("teacher",)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import arms, studies
 from experiments import distillation as dst
+from experiments.distillation_setup import Setup
 from jkd import distill, metrics, train
 
 BASELINE = "kd"  # what tables compare the other arms to
@@ -28,17 +29,17 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     return arms.stages(config, student_evaluators, teacher_evaluators)
 
 
-def student_evaluators(setup: dst.Setup, arm: ConfigDict) -> dict[str, train.Evaluator]:
+def student_evaluators(setup: Setup, arm: ConfigDict) -> dict[str, train.Evaluator]:
     """The shares of the groups, for an arm that uses energies."""
     return {"groups": group_evaluator(setup, arm)} if arms.uses_energy(arm) else {}
 
 
-def teacher_evaluators(setup: dst.Setup, name: str) -> dict[str, train.Evaluator]:
+def teacher_evaluators(setup: Setup, name: str) -> dict[str, train.Evaluator]:
     """How the teacher's energy goes with its confidence."""
     return {"energy": energy_evaluator(setup, name)}
 
 
-def energy_evaluator(setup: dst.Setup, name: str) -> train.Evaluator:
+def energy_evaluator(setup: Setup, name: str) -> train.Evaluator:
     """How a teacher's energy goes with its confidence and correctness, on the test rows."""
 
     def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, jax.Array]:
@@ -62,7 +63,7 @@ def energy_evaluator(setup: dst.Setup, name: str) -> train.Evaluator:
     return train.Evaluator(source, collect, finish, kind="gather")
 
 
-def group_evaluator(setup: dst.Setup, arm: ConfigDict) -> train.Evaluator:
+def group_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
     """The measured shares of the low- and high-energy groups among augmented views of the training rows.
 
     Images of variable size are read as central crops here, as in every pass in order.
