@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import classification as cls
 from experiments import distillation as dst
+from experiments import measures
 from experiments.distillation_setup import Setup, selected_arms
 from experiments.warm_starts import warm_stages
 from jkd import data, distill, metrics, nn, train
@@ -26,6 +27,9 @@ MIXES = ("none", "all", "high_energy")
 MIXERS = ("cutmix", "mixup", "cutout", "strong")
 STATISTICS = ("running", "batch")
 RANKS = ("hard", "soft")
+BASELINE = "kd"  # what tables compare the other arms to
+
+predictor = dst.predictor
 
 
 class Seen(NamedTuple):
@@ -184,14 +188,9 @@ def student_step(setup: Setup, arm: ConfigDict, optimizer: Any, steps_per_epoch:
 # --- energies ---
 
 
-def uses_energy(arm: ConfigDict) -> bool:
-    """Whether an arm needs thresholds."""
-    return arm.temperatures == "energy" or arm.mix == "high_energy"
-
-
 def find_thresholds(setup: Setup, arm: ConfigDict, consts: Any, key: Any, sweep: Any) -> dict[str, Any]:
     """The energy thresholds of an arm's teachers: over one pass of training views, or all cached ones."""
-    if not uses_energy(arm):
+    if not dst.uses_energy(arm):
         return {}
     found = {}
     for name in arm.teachers:
@@ -207,7 +206,7 @@ def find_thresholds(setup: Setup, arm: ConfigDict, consts: Any, key: Any, sweep:
 
 def group_shares(arm: ConfigDict, teachers: Mapping[str, Any], consts: Any) -> dict[str, jax.Array]:
     """What an arm that uses energies logs of a batch: the shares of both groups, and the mean temperature."""
-    if not uses_energy(arm):
+    if not dst.uses_energy(arm):
         return {}
     name, logits = next(iter(teachers.items()))
     energy, limits = distill.energy_score(logits), consts["thresholds"][name]
@@ -256,24 +255,22 @@ def mixed_loss(arm: ConfigDict, student: Any, teachers: Mapping[str, Any], weigh
 # --- the run ---
 
 
-def stages(
-    config: ConfigDict, student_evaluators: Callable | None = None, teacher_evaluators: Callable | None = None
-) -> list[train.Stage]:
-    """The teachers of a config and one student for each arm, each an ensemble over the paired seeds.
-
-    Args:
-      config: as made by `experiments/distillation_settings.py`.
-      student_evaluators: `(setup, arm) -> {name: Evaluator}`, added to the accuracies of a student.
-      teacher_evaluators: `(setup, name) -> {name: Evaluator}`, added to those of a teacher.
-    """
+def stages(config: ConfigDict) -> list[train.Stage]:
+    """The teachers of a config and one student for each arm, each an ensemble over the paired seeds."""
     dst.check(config)
     check(config)
     setup = Setup.of(config)
-    students = []
-    for name in selected_arms(config):
-        arm = config.arms[name]
-        step = functools.partial(student_step, setup, arm)
-        thresholds = functools.partial(find_thresholds, setup, arm)
-        more = student_evaluators(setup, arm) if student_evaluators else {}
-        students.append(dst.student_stage(setup, name, step, thresholds, more))
-    return [*warm_stages(setup), *dst.teacher_stages(setup, teacher_evaluators), *students]
+    shared = measures.of_students(setup)
+    return [
+        *warm_stages(setup),
+        *dst.teacher_stages(setup, functools.partial(measures.of_teacher, setup)),
+        *(arm_stage(setup, name, shared) for name in selected_arms(config)),
+    ]
+
+
+def arm_stage(setup: Setup, name: str, evaluators: Mapping[str, train.Evaluator]) -> train.Stage:
+    """The student of one arm. `evaluators` are those that the arms share: one object each, so that they compile once."""
+    arm = setup.config.arms[name]
+    step = functools.partial(student_step, setup, arm)
+    thresholds = functools.partial(find_thresholds, setup, arm)
+    return dst.student_stage(setup, name, step, thresholds, {**evaluators, **measures.of_arm(setup, arm)})

@@ -31,6 +31,11 @@ TEACHERS = ("live", "cached")
 VIEWS = ("weak", "strong")
 
 
+def uses_energy(arm: ConfigDict) -> bool:
+    """Whether an arm needs thresholds."""
+    return arm.temperatures == "energy" or arm.mix == "high_energy"
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError for names that do not exist, and for numbers that nothing could be trained with."""
     cls.member_keys(config)
@@ -81,7 +86,7 @@ def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
 def teacher_stages(setup: Setup, evaluators: Callable | None = None) -> list[train.Stage]:
     """One stage a teacher: a network for each seed trained by cross-entropy, or taken from a finished run.
 
-    `evaluators(setup, name)` are added to the accuracies of a teacher that is trained.
+    `evaluators(name)` are added to the accuracies of a teacher that is trained.
     """
     stages = []
     for name in selected_teachers(setup.config):
@@ -89,7 +94,7 @@ def teacher_stages(setup: Setup, evaluators: Callable | None = None) -> list[tra
         if section.workdir:
             stages.append(load_teacher(setup, name, section))
         else:
-            more = evaluators(setup, name) if evaluators else {}
+            more = evaluators(name) if evaluators else {}
             stages.append(seeds(setup, train_teacher(setup, name, section, more)))
     return stages
 

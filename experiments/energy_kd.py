@@ -7,86 +7,10 @@ The paper gives certain (low-energy) examples the high temperature; the authors'
 is the arm `energy_kd_reversed`.
 """
 
-import functools
-from typing import Any
+from experiments import studies
+from experiments.arms import BASELINE, predictor, stages
 
-import jax
-import numpy as np
-from ml_collections import ConfigDict
-
-from experiments import arms, studies
-from experiments import distillation as dst
-from experiments.distillation_setup import Setup
-from jkd import distill, metrics, train
-
-BASELINE = "kd"  # what tables compare the other arms to
-
-predictor = dst.predictor
-
-
-def stages(config: ConfigDict) -> list[train.Stage]:
-    """The teacher and one student for each arm, each an ensemble over the paired seeds."""
-    return arms.stages(config, student_evaluators, teacher_evaluators)
-
-
-def student_evaluators(setup: Setup, arm: ConfigDict) -> dict[str, train.Evaluator]:
-    """The shares of the groups, for an arm that uses energies."""
-    return {"groups": group_evaluator(setup, arm)} if arms.uses_energy(arm) else {}
-
-
-def teacher_evaluators(setup: Setup, name: str) -> dict[str, train.Evaluator]:
-    """How the teacher's energy goes with its confidence."""
-    return {"energy": energy_evaluator(setup, name)}
-
-
-def energy_evaluator(setup: Setup, name: str) -> train.Evaluator:
-    """How a teacher's energy goes with its confidence and correctness, on the test rows."""
-
-    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, jax.Array]:
-        logits = setup.teach(name, published, setup.views["weak"].plain(batch["image"]))
-        return {
-            "energy": distill.energy_score(logits),
-            "confidence": jax.nn.softmax(logits).max(-1),
-            "correct": metrics.topk_correct(logits, batch["label"]),
-        }
-
-    def finish(rows: Any) -> dict[str, float]:
-        order = np.argsort(rows["energy"], kind="stable")
-        third = max(1, len(order) // 3)
-        return {
-            "rank_correlation_confidence": metrics.spearman(rows["energy"], rows["confidence"]),
-            "accuracy_low_energy": 100 * float(rows["correct"][order[:third]].mean()),
-            "accuracy_high_energy": 100 * float(rows["correct"][order[-third:]].mean()),
-        }
-
-    source = functools.partial(setup.task.part, name="test", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish, kind="gather")
-
-
-def group_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
-    """The measured shares of the low- and high-energy groups among augmented views of the training rows.
-
-    Images of variable size are read as central crops here, as in every pass in order.
-    """
-
-    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, jax.Array]:
-        # A fixed key for each batch: the first row's number.
-        key = jax.random.fold_in(jax.random.key(0), batch["index"][0])
-        teachers = dst.teacher_logits(setup, arm, consts, dst.view(setup, arm, key, consts, batch))
-        name, logits = next(iter(teachers.items()))
-        energy, limits = distill.energy_score(logits), consts["thresholds"][name]
-        return {
-            "low": ((energy < limits["low"]) & mask).sum(),
-            "high": ((energy > limits["high"]) & mask).sum(),
-            "total": mask.sum(),
-        }
-
-    def finish(sums: Any) -> dict[str, float]:
-        return {f"share_{name}": float(sums[name] / sums["total"]) for name in ("low", "high")}
-
-    source = functools.partial(setup.task.part, name="train", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish)
-
+__all__ = ["BASELINE", "STUDIES", "predictor", "stages"]
 
 # --- claims ---
 
