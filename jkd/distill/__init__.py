@@ -1,5 +1,17 @@
 """Knowledge distillation: losses, temperatures and what surrounds them."""
 
+from jkd.distill.diffusion import (
+    ClassCentroids,
+    ClassSums,
+    DiffusionIndex,
+    centroid_distances,
+    centroids_from_sums,
+    class_centroids,
+    class_sums,
+    diffusion_index,
+    similar_class_mask,
+    superclass_mask,
+)
 from jkd.distill.energy import (
     EnergyDKDTerms,
     EnergyKDTerms,
@@ -26,14 +38,33 @@ from jkd.distill.losses import (
     dkd_terms,
     kd_loss,
 )
+from jkd.distill.projection import HeadPlane, head_plane, head_plane_basis, project_and_pca
+from jkd.distill.smoothing import optimal_gap, smooth_labels
+from jkd.distill.teachers import (
+    EnsembleKDTerms,
+    ensemble_kd_loss,
+    ensemble_kd_terms,
+    over_teachers,
+    teacher_mean_logits,
+)
 
 __all__ = [
+    "ClassCentroids",
+    "ClassSums",
     "DKDTerms",
+    "DiffusionIndex",
     "EnergyDKDTerms",
     "EnergyKDTerms",
     "EnergyThresholds",
+    "EnsembleKDTerms",
+    "HeadPlane",
     "HighEnergySelection",
+    "centroid_distances",
+    "centroids_from_sums",
+    "class_centroids",
+    "class_sums",
     "cross_entropy",
+    "diffusion_index",
     "dkd_loss",
     "dkd_terms",
     "energy_dkd_loss",
@@ -43,9 +74,20 @@ __all__ = [
     "energy_score",
     "energy_temperature",
     "energy_thresholds",
+    "ensemble_kd_loss",
+    "ensemble_kd_terms",
+    "head_plane",
+    "head_plane_basis",
     "high_energy_capacity",
     "high_energy_kd_loss",
     "high_energy_partners",
     "kd_loss",
+    "optimal_gap",
+    "over_teachers",
+    "project_and_pca",
     "select_high_energy",
+    "similar_class_mask",
+    "smooth_labels",
+    "superclass_mask",
+    "teacher_mean_logits",
 ]

@@ -2,27 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
-from jkd.checks import check_positive, concrete
+from jkd.checks import Scalar as Scalar
+from jkd.checks import Tensor as Tensor
+from jkd.checks import as_float, check_positive, concrete
 from jkd.errors import UserError
-
-Tensor = jax.Array | np.ndarray
-Scalar = int | float | np.number | Num[Tensor, ""]
-
-
-def as_float(name: str, values: ArrayLike) -> Array:
-    """`values` as a jax array of at least float32: bfloat16 and float16 are too coarse for a loss.
-
-    Raises:
-      UserError: if the values are not floating point.
-    """
-    if not jnp.issubdtype(jnp.result_type(values), jnp.floating):
-        raise UserError(f"{name} must be floating point, got {jnp.result_type(values)}.")
-    array = jnp.asarray(values)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def logit_matrix(name: str, logits: ArrayLike) -> Float[Array, "batch classes"]:
@@ -66,6 +52,17 @@ def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> In
         raise UserError(
             f"labels must have the shape [{batch}] (one for each row of logits), got {list(jnp.shape(labels))}."
         )
+    return integer_labels(labels, classes)
+
+
+def integer_labels(labels: ArrayLike, classes: int) -> Int[Array, "batch"]:
+    """`labels` as an int32 vector.
+
+    Raises:
+      UserError: if the labels are no vector of integers, or are known here and lie outside [0, classes).
+    """
+    if jnp.ndim(labels) != 1:
+        raise UserError(f"labels must have the shape [batch], got {list(jnp.shape(labels))}.")
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise UserError(f"labels must be integers, got {jnp.result_type(labels)}.")
     known = concrete(labels)
