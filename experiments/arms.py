@@ -27,6 +27,7 @@ MIXES = ("none", "all", "high_energy")
 MIXERS = ("cutmix", "mixup", "cutout", "strong")
 STATISTICS = ("running", "batch")
 RANKS = ("hard", "soft")
+MASKS = ("scale", "select")
 BASELINE = "kd"  # what tables compare the other arms to
 
 predictor = dst.predictor
@@ -61,7 +62,7 @@ def _cswt(arm: ConfigDict, seen: Seen) -> jax.Array:
 
 
 def _value(arm: ConfigDict, seen: Seen) -> jax.Array:
-    return distill.correlation_value_loss(seen.student, seen.teacher, temperature=arm.temperature, weight=1.0)
+    return distill.correlation_value_loss(seen.student, seen.teacher, temperature=seen.temperature, weight=1.0)
 
 
 def _rank(arm: ConfigDict, seen: Seen) -> jax.Array:
@@ -77,7 +78,7 @@ SOFT: dict[str, Callable[[ConfigDict, Seen], jax.Array]] = {
     "value": _value,
     "rank": _rank,
 }
-LABELED = ("dkd",)
+UNLABELED = ("kd", "cosine", "cswt", "value", "rank")
 
 
 def check(config: ConfigDict) -> None:
@@ -85,7 +86,7 @@ def check(config: ConfigDict) -> None:
     for name in selected_arms(config):
         arm, field = config.arms[name], f"arms.{name}"
         choices = {"temperatures": TEMPERATURES, "mix": MIXES, "mixer": MIXERS, "pruned_statistics": STATISTICS}
-        for one, known in {**choices, "rank_mode": RANKS, "view": dst.VIEWS}.items():
+        for one, known in {**choices, "rank_mode": RANKS, "mask_mode": MASKS, "view": dst.VIEWS}.items():
             if arm[one] not in known:
                 raise unknown(f"{field}.{one}", arm[one], known)
         rates = ("alpha", "beta", "warmup_epochs", "low_rate", "high_rate", "prune_rate", "teacher_weight")
@@ -111,13 +112,15 @@ def _check_shares(arm: ConfigDict, field: str) -> None:
 
 
 def _check_mix(config: ConfigDict, arm: ConfigDict, field: str) -> None:
+    if arm.weights.two_view and arm.mix != "all":
+        raise UserError(f"{field}.weights.two_view compares two views of all images: set {field}.mix to 'all'.")
     if arm.mix == "none":
         return
     if arm.mix == "high_energy" and not arm.high_rate > 0:
         raise UserError(f"{field}.high_rate must be > 0 where mix is 'high_energy', got {arm.high_rate}.")
     if config.teacher.source == "cached":
         raise UserError(f"{field} mixes images, which cached logits do not cover: set teacher.source=live.")
-    allowed = ("kd",) if arm.mix == "high_energy" else tuple(name for name in SOFT if name not in LABELED)
+    allowed = ("kd",) if arm.mix == "high_energy" else (*UNLABELED, "two_view")
     if not any(arm.weights[name] for name in allowed):
         raise UserError(f"{field}.weights: mix={arm.mix!r} needs a weight > 0 for one of {', '.join(allowed)}.")
 
@@ -179,6 +182,7 @@ def student_step(setup: Setup, arm: ConfigDict, optimizer: Any, steps_per_epoch:
             again, model_state = nn.apply_train(setup.student.apply, params, model_state, mixed)
             targets = dst.live_logits(setup, arm, consts, mixed)
             value += mixed_loss(arm, again.logits, targets, weights, consts)
+            value += two_view_loss(arm, (out.logits, again.logits), (teachers, targets), labels)
         correct = metrics.topk_correct(out.logits, labels).mean()
         return value, train.Aux({"accuracy": correct, **group_shares(arm, teachers, consts)}, model_state)
 
@@ -249,7 +253,21 @@ def mixed_loss(arm: ConfigDict, student: Any, teachers: Mapping[str, Any], weigh
     if arm.mix == "high_energy":
         each = [distill.high_energy_kd_loss(student, one, arm.temperature, weights) for one in teachers.values()]
         return arm.weights.kd * sum(each) / len(each)
-    return soft(arm, [name for name in SOFT if name not in LABELED], student, teachers, None, consts)
+    return soft(arm, UNLABELED, student, teachers, None, consts)
+
+
+def two_view_loss(
+    arm: ConfigDict, students: tuple[Any, Any], teachers: tuple[Mapping[str, Any], Mapping[str, Any]], labels: Any
+) -> Any:
+    """The loss of both views together, weak and strong, and its mean over the teachers."""
+    if not arm.weights.two_view:
+        return 0.0
+    options = {name: arm[name] for name in ("temperature", "t_low", "t_high", "mask_mode")}
+
+    def of(name: str) -> Any:
+        return distill.cskd_two_view_loss(*students, teachers[0][name], teachers[1][name], labels, **options)
+
+    return arm.weights.two_view * sum(of(name) for name in teachers[0]) / len(teachers[0])
 
 
 # --- the run ---
@@ -269,7 +287,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
 
 
 def arm_stage(setup: Setup, name: str, evaluators: Mapping[str, train.Evaluator]) -> train.Stage:
-    """The student of one arm. `evaluators` are those that the arms share: one object each, so that they compile once."""
+    """The student of one arm; `evaluators` are those that the arms share, one object each, which compiles once."""
     arm = setup.config.arms[name]
     step = functools.partial(student_step, setup, arm)
     thresholds = functools.partial(find_thresholds, setup, arm)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-WEIGHTS = ("ce", "kd", "dkd", "cosine", "cswt", "value", "rank")
+WEIGHTS = ("ce", "kd", "dkd", "cosine", "cswt", "value", "rank", "two_view")
 # The standard pairs of teacher and student, by variant.
 CIFAR_PAIRS = (
     "resnet56-resnet20",
@@ -50,7 +50,8 @@ def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
     config.prune_rate, config.teacher_weight = 0.0, 0.7  # a second, pruned copy of each teacher
     config.pruned_statistics = "running"  # or batch: what batch norm of the pruned copy uses
     config.mix = "none"  # which images are seen again, augmented: all, or the high_energy ones
-    config.mixer = "cutmix"  # mixup, cutout, or one of the policies randaugment, autoaugment
+    config.mixer = "cutmix"  # mixup, cutout, or strong: data.strong of the same images
+    config.mask_mode = "scale"  # of two_view; or select
     config.update(changes)
     return config
 
