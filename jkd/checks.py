@@ -1,10 +1,27 @@
 """Checks of values that are known when a function is called; traced values pass."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Num
 
 from jkd.errors import UserError
+
+Tensor = jax.Array | np.ndarray
+Scalar = int | float | np.number | Num[Tensor, ""]
+
+
+def as_float(name: str, values: ArrayLike) -> Array:
+    """`values` as a jax array of at least float32: bfloat16 and float16 are too coarse for a loss.
+
+    Raises:
+      UserError: if the values are not floating point.
+    """
+    if not jnp.issubdtype(jnp.result_type(values), jnp.floating):
+        raise UserError(f"{name} must be floating point, got {jnp.result_type(values)}.")
+    array = jnp.asarray(values)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def concrete(value: ArrayLike) -> np.ndarray | None:

@@ -1,5 +1,24 @@
 """Knowledge distillation: losses, temperatures and what surrounds them."""
 
+from jkd.distill.correlation import (
+    R2KDTerms,
+    correlation_loss,
+    correlation_value_loss,
+    keep_most_uncertain,
+    mix_teacher_logits,
+    r2kd_loss,
+    r2kd_terms,
+    rank_correlation,
+    spearman_loss,
+)
+from jkd.distill.cosine import (
+    CSKDTerms,
+    batch_cosine_loss,
+    class_cosine,
+    cskd_loss,
+    cskd_terms,
+    cswt_temperature,
+)
 from jkd.distill.energy import (
     EnergyDKDTerms,
     EnergyKDTerms,
@@ -26,14 +45,35 @@ from jkd.distill.losses import (
     dkd_terms,
     kd_loss,
 )
+from jkd.distill.two_view import (
+    CSKDTwoViewTerms,
+    batch_correlation_loss,
+    class_correlation_loss,
+    cskd_two_view_loss,
+    cskd_two_view_terms,
+)
 
 __all__ = [
+    "CSKDTerms",
+    "CSKDTwoViewTerms",
     "DKDTerms",
     "EnergyDKDTerms",
     "EnergyKDTerms",
     "EnergyThresholds",
     "HighEnergySelection",
+    "R2KDTerms",
+    "batch_correlation_loss",
+    "batch_cosine_loss",
+    "class_correlation_loss",
+    "class_cosine",
+    "correlation_loss",
+    "correlation_value_loss",
     "cross_entropy",
+    "cskd_loss",
+    "cskd_terms",
+    "cskd_two_view_loss",
+    "cskd_two_view_terms",
+    "cswt_temperature",
     "dkd_loss",
     "dkd_terms",
     "energy_dkd_loss",
@@ -47,5 +87,11 @@ __all__ = [
     "high_energy_kd_loss",
     "high_energy_partners",
     "kd_loss",
+    "keep_most_uncertain",
+    "mix_teacher_logits",
+    "r2kd_loss",
+    "r2kd_terms",
+    "rank_correlation",
     "select_high_energy",
+    "spearman_loss",
 ]
