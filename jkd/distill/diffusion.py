@@ -8,8 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from jkd.checks import as_float, concrete
-from jkd.distill.checks import Tensor
+from jkd.checks import Tensor, as_float, concrete
 from jkd.errors import UserError
 
 # Below this share of |a|^2 + |b|^2 a squared distance from float32 products is rounding.

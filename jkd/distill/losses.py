@@ -8,10 +8,8 @@ import optax
 from jax.nn import log_softmax, logsumexp
 from jaxtyping import Array, Bool, Float, Integer, Num
 
-from jkd.checks import concrete
+from jkd.checks import Scalar, Tensor, concrete
 from jkd.distill.checks import (
-    Scalar,
-    Tensor,
     batch_temperature,
     class_labels,
     known_class,

@@ -9,8 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from jkd.checks import as_float, concrete
-from jkd.distill.checks import Tensor
+from jkd.checks import Tensor, as_float, concrete
 from jkd.distill.diffusion import class_centroids
 from jkd.errors import UserError
 

@@ -6,8 +6,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from jkd.checks import check_share
-from jkd.distill.checks import Scalar, Tensor, integer_labels, known_class
+from jkd.checks import Scalar, Tensor, check_share
+from jkd.distill.checks import integer_labels, known_class
 from jkd.errors import UserError
 
 

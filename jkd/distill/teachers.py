@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
-from jkd.checks import as_float
-from jkd.distill.checks import Scalar, Tensor
+from jkd.checks import Scalar, Tensor, as_float
 from jkd.distill.losses import cross_entropy, kd_loss
 from jkd.errors import UserError
 from jkd.reduction import reduce
