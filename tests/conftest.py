@@ -18,8 +18,9 @@ FLAGS = (
 given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*given, *(flag for flag in FLAGS if flag not in given)])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Every process that a test starts inherits these. One cache a worker: its files are not written in one piece.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
+# Every process that a test starts inherits these. A program that one process is about to write, another may read in
+# part: JAX then warns (pyproject.toml lets it) and compiles.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JKD_DATA_DIR", str(CACHE / "data"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CACHE.parent), os.environ.get("PYTHONPATH")]))

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from helpers_experiments import SMOKE, listing
+from helpers_experiments import SMOKE, SMOKE_ARMS, listing
 
 from experiments import cli, dry_run, energy_kd, train
 from jkd import train as jkd_train
@@ -108,8 +108,9 @@ def test_it_refuses_what_a_run_refuses(override, says, refused, untouched):
 
 def test_the_folder_is_checked_and_left_alone(smoke, refused):
     before = listing(smoke)
-    line = refused(train.main, "--config", SMOKE, "--dry-run", "--workdir", smoke, "--config.arms.kd.lr=1")
+    arms = f"--config.only={','.join(SMOKE_ARMS)}"
+    line = refused(train.main, "--config", SMOKE, arms, "--dry-run", "--workdir", smoke, "--config.arms.kd.lr=1")
     assert "belongs to another config: arms.kd.lr was 0.01 and is 1.0." in line
-    train.main(["--config", SMOKE, "--dry-run", "--workdir", str(smoke)])
+    train.main(["--config", SMOKE, arms, "--dry-run", "--workdir", str(smoke)])
     assert listing(smoke) == before
     assert "required: --workdir." in refused(train.main, "--config", SMOKE)

@@ -75,7 +75,7 @@ def test_mistakes(changes, says, smoke, refused, untouched):
 def orphan(smoke, tmp_path_factory):
     """A run whose teacher and whose student's start are gone."""
     away = tmp_path_factory.mktemp("away")
-    for stage in ("00-teacher", "07-kd"):
+    for stage in ("00-teacher", "02-kd"):
         shutil.copytree(smoke / "stages" / stage, away / "run" / "stages" / stage)
     sources = (f"teacher.workdir={away / 'run'}", f"student.init_from={away / 'run'}:kd")
     workdir = run(tmp_path_factory.mktemp("orphan") / "run", "only=kd", *sources)
