@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from experiments import classification as cls
 from experiments import distillation as dst
 from experiments import measures
-from experiments.distillation_setup import Setup, selected_arms
+from experiments.distillation_setup import Setup, batch_size, selected_arms
 from experiments.warm_starts import warm_stages
 from jkd import data, distill, metrics, nn, train
 from jkd.errors import UserError, unknown
@@ -201,7 +201,7 @@ def find_thresholds(setup: Setup, arm: ConfigDict, consts: Any, key: Any, sweep:
         if setup.cached:
             energies = distill.energy_score(jnp.asarray(consts["logits"][name]).reshape(-1, setup.task.num_classes))
         else:
-            source = setup.task.source(consts, dst.batch_size(setup.config, arm))
+            source = setup.task.source(consts, batch_size(setup.config, arm))
             energies = sweep(setup.energies[name, arm.view], consts["teachers"][name], source, key)
         limits = distill.energy_thresholds(jnp.asarray(energies), arm.low_rate, arm.high_rate)
         found[name] = dict(limits._asdict())

@@ -17,6 +17,7 @@ from experiments import classification as cls
 from experiments.distillation_setup import (
     Setup,
     bank_view,
+    batch_size,
     selected_arms,
     selected_teachers,
     teacher_section,

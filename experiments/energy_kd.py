@@ -66,5 +66,5 @@ CLAIMS = (
 )
 STUDIES = (
     studies.Study("digits", "configs/energy_kd.py", (0.001, 0.003, 0.01, 0.02, 0.05, 0.1), 4, CLAIMS),
-    studies.Study("fashion_lt", "configs/energy_kd.py:fashion_lt", (0.05, 0.15, 0.4, 1.0), 2, CLAIMS),
+    studies.Study("hard", "configs/energy_kd.py:hard", (0.02, 0.06, 0.2), 2, CLAIMS),
 )
