@@ -1,7 +1,7 @@
 """One signature for the functions that build the networks of a family."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,10 +12,9 @@ M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 Make = Callable[..., M]
 
 
+@runtime_checkable
 class Builder(Protocol[M_co]):
     """A function (num_classes, *, width, dtype, param_dtype) that returns a model."""
-
-    __name__: str
 
     def __call__(
         self, num_classes: int = ..., *, width: int = ..., dtype: DTypeLike = ..., param_dtype: DTypeLike = ...
