@@ -19,6 +19,7 @@ from typing import Any
 from flax import linen as nn
 
 from jkd.errors import UserError, unknown
+from jkd.nn.mobilenet_v2 import MobileNetV2
 from jkd.nn.resnet import ResNet
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
@@ -51,6 +52,39 @@ def _resnet(model: ResNet) -> dict[str, Rules]:
     return {"torchvision": torchvision, "mdistiller": mdistiller, "transformers": transformers}
 
 
+def _mobilenet_v2(model: MobileNetV2) -> dict[str, Rules]:
+    # torchvision numbers the units of all blocks in one sequence, after the stem.
+    first = [1 + sum(model.units[:b]) for b in range(len(model.units))]
+
+    def torchvision(match: re.Match) -> str:
+        block, unit, layer, part = int(match[1]), int(match[2]), match[3], match[4]
+        at = ["expand", "depthwise", "project"].index(layer) - (block == 1)
+        inner = {"conv": ".0", "norm": ".1"}[part]
+        if layer == "project":
+            at, inner = at + (part == "norm"), ""
+        return f"features.{first[block - 1] + unit}.conv.{at}{inner}"
+
+    def timm(match: re.Match) -> str:
+        block, unit, layer, part = int(match[1]), int(match[2]), match[3], match[4]
+        at = ["expand", "depthwise", "project"].index(layer) - (block == 1)
+        conv = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pw" if block == 1 else "conv_pwl"}[layer]
+        return f"blocks.{block - 1}.{unit}.{conv if part == 'conv' else f'bn{at + 1}'}"
+
+    def mdistiller(match: re.Match) -> str:
+        at = 3 * ["expand", "depthwise", "project"].index(match[3]) + (match[4] == "norm")
+        return f"blocks.{int(match[1]) - 1}.{match[2]}.conv.{at}"
+
+    unit = r"block(\d+)_(\d+)/(\w+)/(conv|norm)"
+    if model.form == "cifar":
+        ends = [*_pair("stem", "conv1"), *_pair("last", "conv2"), ("head", "classifier.0")]
+        return {"mdistiller": [*ends, (unit, mdistiller)]}
+    last = f"features.{1 + sum(model.units)}"
+    ends = [*_pair("stem", "features.0"), *_pair("last", last), ("head", "classifier.1")]
+    stem = [("stem/conv", "conv_stem"), ("stem/norm", "bn1")]
+    ends_timm = [*stem, ("last/conv", "conv_head"), ("last/norm", "bn2"), ("head", "classifier")]
+    return {"torchvision": [*ends, (unit, torchvision)], "timm": [*ends_timm, (unit, timm)]}
+
+
 def _pair(layer: str, module: str) -> Rules:
     """A convolution and its norm as the first two entries of a sequence."""
     return [(f"{layer}/conv", f"{module}.0"), (f"{layer}/norm", f"{module}.1")]
@@ -61,6 +95,7 @@ _HUGGING = {"conv": "convolution", "norm": "normalization"}
 # Model class -> (model -> its tables by style, the default first).
 NAMES: Mapping[type[nn.Module], Callable[[Any], dict[str, Rules]]] = {
     ResNet: _resnet,
+    MobileNetV2: _mobilenet_v2,
 }
 # Regexes of entries that a PyTorch implementation stores and never uses.
 UNUSED: Mapping[type[nn.Module], tuple[str, ...]] = {}
