@@ -1,7 +1,7 @@
-"""What PyTorch implementations call the layers of our models: one table for each way of naming, for both directions.
+r"""What PyTorch implementations call the layers of our models: one table for each way of naming, for both directions.
 
 A table is an ordered list of (regex, replacement): the first regex that matches the whole path of a layer, such as
-`block2_0/layer1/norm`, decides; the replacement is a template (`\\1` is a group) or a function of the match. What a
+`block2_0/layer1/norm`, decides; the replacement is a template (`\1` is a group) or a function of the match. What a
 style names has OUR arithmetic (paddings, pooling, the eps of the norms): other checkpoints would load and give other
 logits, so there is no style for them.
 
@@ -19,8 +19,12 @@ from typing import Any
 from flax import linen as nn
 
 from jkd.errors import UserError, unknown
+from jkd.nn.mobilenet import BLOCKS, MobileNet
 from jkd.nn.mobilenet_v2 import MobileNetV2
 from jkd.nn.resnet import ResNet
+from jkd.nn.shufflenet import ShuffleNetV1, ShuffleNetV2
+from jkd.nn.vgg import VGG
+from jkd.nn.wide_resnet import WideResNet
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
@@ -50,6 +54,65 @@ def _resnet(model: ResNet) -> dict[str, Rules]:
         ("head", "classifier.1"),
     ]
     return {"torchvision": torchvision, "mdistiller": mdistiller, "transformers": transformers}
+
+
+def _wide_resnet(model: WideResNet) -> dict[str, Rules]:
+    del model
+    units = [
+        (r"block(\d+)_(\d+)/(conv\d+)", r"block\1.layer.\2.\3"),
+        (r"block(\d+)_(\d+)/norm(\d+)", r"block\1.layer.\2.bn\3"),
+        (r"block(\d+)_(\d+)/shortcut", r"block\1.layer.\2.convShortcut"),
+    ]
+    return {"mdistiller": [("stem", "conv1"), *units, ("norm", "bn1"), ("head", "fc")]}
+
+
+def _vgg(model: VGG) -> dict[str, Rules]:
+    del model
+
+    def layer(match: re.Match) -> str:
+        # Each convolution is followed by a norm and a ReLU in one sequence.
+        return f"block{match[1] or 0}.{3 * int(match[2]) + (match[3] == 'norm')}"
+
+    return {"mdistiller": [(r"(?:stem|block(\d+))_(\d+)/(conv|norm)", layer), ("head", "classifier")]}
+
+
+_SHUFFLENET: Rules = (
+    ("stem/conv", "conv1"),
+    ("stem/norm", "bn1"),
+    (r"block(\d+)_(\d+)/layer(\d+)/conv", r"layer\1.\2.conv\3"),
+    (r"block(\d+)_(\d+)/layer(\d+)/norm", r"layer\1.\2.bn\3"),
+    ("head", "linear"),
+)
+
+
+def _shufflenet_v1(model: ShuffleNetV1) -> dict[str, Rules]:
+    del model
+    return {"mdistiller": _SHUFFLENET}
+
+
+def _shufflenet_v2(model: ShuffleNetV2) -> dict[str, Rules]:
+    del model
+
+    def first(match: re.Match) -> str:
+        # The two branches of a block's first unit are numbered through.
+        number = int(match[3]) + (2 if match[2] == "layer" else 0)
+        return f"layer{match[1]}.0.{_SHORT[match[4]]}{number}"
+
+    last = [("last/conv", "conv2"), ("last/norm", "bn2")]
+    return {"mdistiller": [(r"block(\d+)_0/(left|layer)(\d+)/(conv|norm)", first), *last, *_SHUFFLENET]}
+
+
+def _mobilenet(model: MobileNet) -> dict[str, Rules]:
+    del model
+    places = [(b, u) for b, units in enumerate(BLOCKS, start=1) for u in range(len(units))]
+
+    def layer(match: re.Match) -> str:
+        # The units of all blocks in one sequence behind the stem; convolution, norm, ReLU, twice, in each.
+        unit = places.index((int(match[1]), int(match[2]))) + 1
+        return f"model.{unit}.{3 * int(match[3]) - 3 + (match[4] == 'norm')}"
+
+    stem = _pair("stem", "model.0")
+    return {"mdistiller": [*stem, (r"block(\d+)_(\d+)/layer(\d+)/(conv|norm)", layer), ("head", "fc")]}
 
 
 def _mobilenet_v2(model: MobileNetV2) -> dict[str, Rules]:
@@ -90,15 +153,19 @@ def _pair(layer: str, module: str) -> Rules:
     return [(f"{layer}/conv", f"{module}.0"), (f"{layer}/norm", f"{module}.1")]
 
 
+_SHORT = {"conv": "conv", "norm": "bn"}
 _HUGGING = {"conv": "convolution", "norm": "normalization"}
 
 # Model class -> (model -> its tables by style, the default first).
 NAMES: Mapping[type[nn.Module], Callable[[Any], dict[str, Rules]]] = {
     ResNet: _resnet,
+    WideResNet: _wide_resnet,
+    VGG: _vgg,
+    ShuffleNetV1: _shufflenet_v1,
+    ShuffleNetV2: _shufflenet_v2,
+    MobileNet: _mobilenet,
     MobileNetV2: _mobilenet_v2,
 }
-# Regexes of entries that a PyTorch implementation stores and never uses.
-UNUSED: Mapping[type[nn.Module], tuple[str, ...]] = {}
 OWN: Rules = ((".*", lambda match: match[0].replace("/", ".")),)
 
 

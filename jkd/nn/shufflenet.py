@@ -45,6 +45,11 @@ def _layers(module: Any) -> Callable[..., ConvNorm]:
     return functools.partial(ConvNorm, dtype=module.dtype, param_dtype=module.param_dtype, kernel_init=uniform_fan_in)
 
 
+def _check_units(units: tuple[int, int, int]) -> None:
+    if min(units) < 1:
+        raise UserError(f"units must be at least 1 in each block, got {units}.")
+
+
 class ShuffleUnit(nn.Module):
     """V1: 1x1 in groups, shuffle, depthwise 3x3, 1x1 in groups, around a shortcut.
 
@@ -76,13 +81,14 @@ class ShuffleUnit(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """A 1x1 stem, three blocks of 4, 8 and 4 shuffle units (the first of each halves), mean, linear head.
+    """A 1x1 stem, three blocks of shuffle units (the first of each halves the map), mean, linear head.
 
-    The first unit's first convolution is not grouped.
+    Convolutions are in three groups, except for the first unit's first.
 
     Attributes:
       num_classes: at least 2.
       width: channels of the stem, a multiple of 12; the blocks have 10, 20 and 40 times as many.
+      units: of each block.
       dtype: of the convolutions; the pooled vector and the logits are float32 at least.
       param_dtype: of the parameters; the running statistics are float32 at least.
 
@@ -93,11 +99,13 @@ class ShuffleNetV1(nn.Module):
 
     num_classes: int
     width: int = 24
+    units: tuple[int, int, int] = (4, 8, 4)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         check_classes(self.num_classes)
+        _check_units(self.units)
         if self.width < 12 or self.width % 12:
             raise UserError(f"width must be a multiple of 12, such as 24, for three groups, got {self.width}.")
         super().__post_init__()
@@ -108,10 +116,10 @@ class ShuffleNetV1(nn.Module):
         types = self.dtype, self.param_dtype
         x = keep(nn.relu(_layers(self)(self.width, 1, name="stem")(check_images(images, rank=4), train)))
         features = {"stem": x}
-        for b, (units, times) in enumerate(((4, 10), (8, 20), (4, 40)), start=1):
-            for u in range(units):
+        for b, (count, times) in enumerate(zip(self.units, (10, 20, 40), strict=True), start=1):
+            for u in range(count):
                 first = 1 if b == 1 and u == 0 else 3
-                stride = 2 if u == 0 else 1
+                stride = 1 if u else 2
                 unit = ShuffleUnit(times * self.width, stride, first, 3, *types, name=f"block{b}_{u}")
                 x = keep(unit(x, train))
             features[f"block{b}"] = x
@@ -146,11 +154,12 @@ class SplitUnit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """A 1x1 stem, three blocks of 4, 8 and 4 split units (the first of each halves), 1x1, mean, head.
+    """A 1x1 stem, three blocks of split units (the first of each halves the map), 1x1, mean, linear head.
 
     Attributes:
       num_classes: at least 2.
       widths: channels of the stem, of each block (even) and of the last 1x1 convolution.
+      units: of each block.
       dtype: of the convolutions; the pooled vector and the logits are float32 at least.
       param_dtype: of the parameters; the running statistics are float32 at least.
 
@@ -161,6 +170,7 @@ class ShuffleNetV2(nn.Module):
 
     num_classes: int
     widths: tuple[int, int, int, int, int] = (24, 116, 232, 464, 1024)
+    units: tuple[int, int, int] = (4, 8, 4)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -168,6 +178,7 @@ class ShuffleNetV2(nn.Module):
         check_classes(self.num_classes)
         for width in self.widths:
             check_width(width)
+        _check_units(self.units)
         if any(width % 2 for width in self.widths[1:4]):
             raise UserError(f"the widths of the blocks must be even, got {self.widths[1:4]}.")
         super().__post_init__()
@@ -179,8 +190,8 @@ class ShuffleNetV2(nn.Module):
         stem, *blocks, last = self.widths
         x = keep(nn.relu(layer(stem, 1, name="stem")(check_images(images, rank=4), train)))
         features = {"stem": x}
-        for b, (units, width) in enumerate(zip((4, 8, 4), blocks, strict=True), start=1):
-            for u in range(units):
+        for b, (count, width) in enumerate(zip(self.units, blocks, strict=True), start=1):
+            for u in range(count):
                 unit = SplitUnit(width, 1 if u else 2, self.dtype, self.param_dtype, name=f"block{b}_{u}")
                 x = keep(unit(x, train))
             features[f"block{b}"] = x
@@ -189,13 +200,17 @@ class ShuffleNetV2(nn.Module):
         return Outputs(head(features["pool"], self.num_classes, self.param_dtype), features)
 
 
+def _v1(num_classes: int, width: int, *types: DTypeLike) -> ShuffleNetV1:
+    return ShuffleNetV1(num_classes, width, (4, 8, 4), *types)
+
+
 def _v2(num_classes: int, width: int, *types: DTypeLike) -> ShuffleNetV2:
-    return ShuffleNetV2(num_classes, (24, width, 2 * width, 4 * width, 1024), *types)
+    return ShuffleNetV2(num_classes, (24, width, 2 * width, 4 * width, 1024), (4, 8, 4), *types)
 
 
 shufflenet_v1 = builder(
     "shufflenet_v1",
-    ShuffleNetV1,
+    _v1,
     "ShuffleNetV1 with 3 groups: a stem of `width` channels (a multiple of 12), blocks of 10, 20 and 40 times that.",
     width=24,
 )
