@@ -9,7 +9,6 @@ and normalize as their PyTorch peers do. Images must be scaled and normalized as
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax.typing import ArrayLike
 
 from jkd.errors import UserError
 from jkd.interop.safetensors import load_safetensors, save_safetensors
-from jkd.interop.torch_names import UNUSED, Rules, module_name, rules, styles
+from jkd.interop.torch_names import Rules, module_name, rules, styles
 from jkd.interop.torch_pickle import read_pickle
 from jkd.nn.apply import init
 
@@ -81,7 +80,7 @@ def from_torch(
     given = _stripped(state_dict)
     leaves = list(_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0), tuple(image_shape)))))
     tables = styles(model) if style is None else {style: rules(model, style)}
-    misfits = {name: _misfits(leaves, given, table, model) for name, table in tables.items()}
+    misfits = {name: _misfits(leaves, given, table) for name, table in tables.items()}
     style = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[style]:
         raise UserError(
@@ -162,18 +161,17 @@ def _turned(array: np.ndarray, path: tuple[str, ...], *, back: bool) -> np.ndarr
     return array.transpose(-1, -2, *range(window)) if back else array.transpose(*range(2, 2 + window), 1, 0)
 
 
-def _misfits(leaves: Sequence[Any], given: Mapping[str, Any], table: Rules, model: nn.Module) -> list[str]:
+def _misfits(leaves: Sequence[Any], given: Mapping[str, Any], table: Rules) -> list[str]:
     """What is wrong with a state dict for one table: one phrase a name."""
     names = {_name(path, table): (path, leaf.shape) for path, leaf in leaves}
     missing = [f"{name} is missing" for name in names if name not in given]
-    unused = [re.compile(pattern) for pattern in UNUSED.get(type(model), ())]
-    extra = [name for name in given if name not in names and not any(p.fullmatch(name) for p in unused)]
+    extra = [f"{name} is unknown" for name in given if name not in names]
     shapes = []
     for name, (path, shape) in names.items():
-        wanted = np.broadcast_to(0, shape)
-        if name in given and np.shape(given[name]) != _turned(wanted, path, back=True).shape:
-            shapes.append(f"{name} is {list(np.shape(given[name]))}, not {list(_turned(wanted, path, back=True).shape)}")
-    return [*shapes, *missing, *(f"{name} is unknown" for name in extra)]
+        wanted = _turned(np.broadcast_to(0, shape), path, back=True).shape
+        if name in given and np.shape(given[name]) != wanted:
+            shapes.append(f"{name} is {list(np.shape(given[name]))}, not {list(wanted)}")
+    return [*shapes, *missing, *extra]
 
 
 def _listed(problems: Sequence[str]) -> str:

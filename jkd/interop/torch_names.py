@@ -1,7 +1,7 @@
-"""What PyTorch implementations call the layers of our models: one table for each way of naming, for both directions.
+r"""What PyTorch implementations call the layers of our models: one table for each way of naming, for both directions.
 
 A table is an ordered list of (regex, replacement): the first regex that matches the whole path of a layer, such as
-`block2_0/layer1/norm`, decides; the replacement is a template (`\\1` is a group) or a function of the match. What a
+`block2_0/layer1/norm`, decides; the replacement is a template (`\1` is a group) or a function of the match. What a
 style names has OUR arithmetic (paddings, pooling, the eps of the norms): other checkpoints would load and give other
 logits, so there is no style for them.
 
@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from jkd.errors import UserError, unknown
 from jkd.nn.mobilenet import BLOCKS, MobileNet
+from jkd.nn.mobilenet_v2 import MobileNetV2
 from jkd.nn.resnet import ResNet
 from jkd.nn.shufflenet import ShuffleNetV1, ShuffleNetV2
 from jkd.nn.vgg import VGG
@@ -114,6 +115,39 @@ def _mobilenet(model: MobileNet) -> dict[str, Rules]:
     return {"mdistiller": [*stem, (r"block(\d+)_(\d+)/layer(\d+)/(conv|norm)", layer), ("head", "fc")]}
 
 
+def _mobilenet_v2(model: MobileNetV2) -> dict[str, Rules]:
+    # torchvision numbers the units of all blocks in one sequence, after the stem.
+    first = [1 + sum(model.units[:b]) for b in range(len(model.units))]
+
+    def torchvision(match: re.Match) -> str:
+        block, unit, layer, part = int(match[1]), int(match[2]), match[3], match[4]
+        at = ["expand", "depthwise", "project"].index(layer) - (block == 1)
+        inner = {"conv": ".0", "norm": ".1"}[part]
+        if layer == "project":
+            at, inner = at + (part == "norm"), ""
+        return f"features.{first[block - 1] + unit}.conv.{at}{inner}"
+
+    def timm(match: re.Match) -> str:
+        block, unit, layer, part = int(match[1]), int(match[2]), match[3], match[4]
+        at = ["expand", "depthwise", "project"].index(layer) - (block == 1)
+        conv = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pw" if block == 1 else "conv_pwl"}[layer]
+        return f"blocks.{block - 1}.{unit}.{conv if part == 'conv' else f'bn{at + 1}'}"
+
+    def mdistiller(match: re.Match) -> str:
+        at = 3 * ["expand", "depthwise", "project"].index(match[3]) + (match[4] == "norm")
+        return f"blocks.{int(match[1]) - 1}.{match[2]}.conv.{at}"
+
+    unit = r"block(\d+)_(\d+)/(\w+)/(conv|norm)"
+    if model.form == "cifar":
+        ends = [*_pair("stem", "conv1"), *_pair("last", "conv2"), ("head", "classifier.0")]
+        return {"mdistiller": [*ends, (unit, mdistiller)]}
+    last = f"features.{1 + sum(model.units)}"
+    ends = [*_pair("stem", "features.0"), *_pair("last", last), ("head", "classifier.1")]
+    stem = [("stem/conv", "conv_stem"), ("stem/norm", "bn1")]
+    ends_timm = [*stem, ("last/conv", "conv_head"), ("last/norm", "bn2"), ("head", "classifier")]
+    return {"torchvision": [*ends, (unit, torchvision)], "timm": [*ends_timm, (unit, timm)]}
+
+
 def _pair(layer: str, module: str) -> Rules:
     """A convolution and its norm as the first two entries of a sequence."""
     return [(f"{layer}/conv", f"{module}.0"), (f"{layer}/norm", f"{module}.1")]
@@ -130,9 +164,8 @@ NAMES: Mapping[type[nn.Module], Callable[[Any], dict[str, Rules]]] = {
     ShuffleNetV1: _shufflenet_v1,
     ShuffleNetV2: _shufflenet_v2,
     MobileNet: _mobilenet,
+    MobileNetV2: _mobilenet_v2,
 }
-# Regexes of entries that a PyTorch implementation stores and never uses.
-UNUSED: Mapping[type[nn.Module], tuple[str, ...]] = {}
 OWN: Rules = ((".*", lambda match: match[0].replace("/", ".")),)
 
 

@@ -13,6 +13,7 @@ from jkd.nn.cnn import CNN, cnn
 from jkd.nn.from_nnx import from_nnx
 from jkd.nn.mlp import MLP, mlp
 from jkd.nn.mobilenet import MobileNet, mobilenet
+from jkd.nn.mobilenet_v2 import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
 from jkd.nn.outputs import Outputs
 from jkd.nn.registry import build, names
 from jkd.nn.resnet import (
@@ -42,6 +43,7 @@ __all__ = [
     "VGG",
     "ApplyFn",
     "MobileNet",
+    "MobileNetV2",
     "Outputs",
     "ResNet",
     "ShuffleNetV1",
@@ -57,6 +59,8 @@ __all__ = [
     "init",
     "mlp",
     "mobilenet",
+    "mobilenet_v2",
+    "mobilenet_v2_cifar",
     "names",
     "resnet8",
     "resnet8x4",

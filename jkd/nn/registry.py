@@ -12,6 +12,7 @@ from jkd.nn import resnet, shufflenet, vgg, wide_resnet
 from jkd.nn.cnn import cnn
 from jkd.nn.mlp import mlp
 from jkd.nn.mobilenet import mobilenet
+from jkd.nn.mobilenet_v2 import mobilenet_v2, mobilenet_v2_cifar
 
 _FAMILIES: tuple[tuple[Callable[..., nn.Module], ...], ...] = (
     (cnn, mlp),
@@ -19,7 +20,7 @@ _FAMILIES: tuple[tuple[Callable[..., nn.Module], ...], ...] = (
     wide_resnet.BUILDERS,
     vgg.BUILDERS,
     shufflenet.BUILDERS,
-    (mobilenet,),
+    (mobilenet, mobilenet_v2, mobilenet_v2_cifar),
 )
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder for family in _FAMILIES for builder in family
@@ -38,8 +39,8 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
       name: one of `names()`.
       num_classes: at least 2.
       **kwargs: `dtype` and `param_dtype` (floating dtypes, or their names such as "bfloat16") for every
-        model; `width` (channels of the stem, or what the builder says) for convolutional ones; `hidden`
-        (units a layer) for "mlp".
+        model; `width` (channels of the stem, or what the builder says) for convolutional ones, `multiplier`
+        (of all channels) for a MobileNetV2; `hidden` (units a layer) for "mlp".
 
     Raises:
       UserError: where the name or an argument is unknown, or a value is out of range.
