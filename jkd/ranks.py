@@ -36,9 +36,10 @@ def soft_ranks(
     Args:
       x: values to be ranked.
       tau: > 0, in the unit of `x`: differences well above it are told apart. A gradient reaches it.
-      chunk: how many rows are ranked at a time. None ranks all at once and holds K^2 numbers a row, 1 GB for 256
-        rows of 1,000 classes; with `chunk` memory is that of `chunk` rows, in the gradient too, where the ranks are
-        computed a second time. Leave it None where rows are split over devices: chunks follow one another.
+      chunk: how many rows are ranked at a time. None ranks all at once, with K^2 numbers a row where the compiler keeps
+        them: 1 GB for 256 rows of 1,000 classes. With `chunk` memory is that of `chunk` rows, in the gradient too,
+        where the ranks are computed a second time. Leave it None where rows are split over devices: chunks follow one
+        another.
 
     Raises:
       UserError: if `x` is a scalar or not floating point, `tau` is known not to be positive, or `chunk` is below 1.

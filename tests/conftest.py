@@ -59,6 +59,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def unchecked():
+    """Shape annotations off: what a user without the test hook meets is the library's own error."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def no_cache():
     """A program for devices that are not there can be written to the compilation cache but not read back."""
     jax.config.update("jax_enable_compilation_cache", False)

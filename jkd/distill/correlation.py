@@ -306,4 +306,5 @@ def keep_most_uncertain(teacher_logits: Float[Tensor, "batch classes"], share: f
     entropy = -(jnp.exp(log_p) * log_p).sum(1)
     # 0.29 * 50 is 14.499999999999998 in floating point and means 14.5.
     count = max(1, round(round(share * len(logits), 6)))
-    return jax.lax.top_k(entropy, count)[1]
+    # Not top_k: to it the negative NaN that comes out of a minus sign is the smallest number.
+    return jnp.argsort(entropy, stable=True, descending=True)[:count]

@@ -92,7 +92,7 @@ def prune_params(params: Any, rate: float, *, is_prunable: Prunable = is_kernel)
     """
     check_share("rate", rate)
 
-    def prune(leaf: Array, prunable: bool) -> Array:
+    def prune(leaf: Tensor, prunable: bool) -> Tensor:
         return jnp.where(magnitude_prune_mask(leaf, rate), leaf, 0) if prunable else leaf
 
     return jax.tree.map(prune, params, _prunable(params, is_prunable))
