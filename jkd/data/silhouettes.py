@@ -21,11 +21,10 @@ FILES = {kind: f"data/Animal_MNIST/animal_{kind}_version_3.gz" for kind in ("dat
 TRAIN_SHARE = 0.8
 
 
-def _empty(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """What numpy's pickles call to begin an array."""
-    if kind is not np.ndarray:
-        raise pickle.UnpicklingError("not an array")
-    return np.ndarray(shape, code)
+def _empty(kind: type, shape: tuple[int, ...], code: bytes | str) -> np.ndarray:
+    """What numpy's pickles call to begin an array; its shape and type come later, with its bytes."""
+    del kind, shape, code
+    return np.ndarray((0,), np.int8)
 
 
 ALLOWED = {
