@@ -63,7 +63,7 @@ def network(model: str, lr: float, epochs: float) -> ConfigDict:
     config.lr, config.epochs = lr, epochs
     config.schedule, config.milestones = "cosine", (0,)  # or "steps": tenfold drops after these epochs
     config.momentum, config.weight_decay = 0.9, 5e-4
-    # A warm start: WORKDIR:STAGE or a .safetensors file; rules "regex -> replacement", "regex ->" drops.
+    # A warm start: WORKDIR:STAGE, .safetensors or .pth file; rules "regex -> replacement", "regex ->" drops.
     config.init_from, config.init_rules = "", ()
     return config
 
@@ -95,7 +95,7 @@ def digits() -> ConfigDict:
 
     config.teacher = network("mlp", 0.05, 40.0)
     config.teacher.source, config.teacher.bank = "live", 8  # or cached: logits of so many views of each image
-    config.teacher.workdir, config.teacher.stage = "", "teacher"  # a finished run to take the teacher from
+    config.teacher.workdir, config.teacher.stage = "", "teacher"  # a finished run, or a file, to take it from
     config.student = network("mlp", 0.01, 40.0)
     config.student.hidden = (24, 24)
     config.arms = all_arms()

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import classification as cls
-from experiments.stored import Stored, check_seeds, one_of, stored_stage
+from experiments.stored import FILES, Stored, check_seeds, one_of, stored_stage
 from jkd import distill, metrics, nn, train
 from jkd.errors import UserError, unknown
 from jkd.train.log import console
@@ -157,10 +157,17 @@ def train_teacher(setup: Setup, evaluators: Mapping[str, train.Evaluator]) -> tr
 
 
 def load_teacher(setup: Setup) -> train.Stage:
-    """A teacher from the finished run in `teacher.workdir`: one for all seeds, or one for each."""
+    """A teacher from the finished run or file of weights `teacher.workdir`: one for all seeds, or one for each."""
     section = setup.config.teacher
+    stage = "" if section.workdir.endswith(FILES) else section.stage
+    stored = of_part(setup, "teacher", Stored(section.workdir, stage))
     check = functools.partial(check_teacher, shapes=variable_shapes(setup, "teacher"), config=setup.config)
-    return stored_stage("teacher", Stored(section.workdir, section.stage), setup.config, check)
+    return stored_stage("teacher", stored, setup.config, check)
+
+
+def of_part(setup: Setup, part: str, stored: Stored) -> Stored:
+    """A stored model, read as the "teacher" or "student" where a file has PyTorch's names."""
+    return dataclasses.replace(stored, model=getattr(setup, part), shape=setup.task.shape)
 
 
 def variable_shapes(setup: Setup, part: str) -> Any:
@@ -237,7 +244,7 @@ def check_warm(config: ConfigDict) -> None:
 
 def _warm_stage(setup: Setup, part: str) -> train.Stage:
     section, shapes = setup.config[part], variable_shapes(setup, part)
-    stored = Stored.parse(section.init_from, f"{part}.init_from")
+    stored = of_part(setup, part, Stored.parse(section.init_from, f"{part}.init_from"))
 
     def check(outcome: train.Outcome) -> Any:
         check_seeds(outcome, setup.config, str(stored))
