@@ -238,11 +238,13 @@ class Predictor:
       fn: the call, for one member; its rows are "logits", "probabilities" and "pool".
       shape: of one image.
       variables: the shapes and dtypes of what the stage must have published.
+      model: what they are the variables of.
     """
 
     fn: Callable[[Any, jax.Array], dict[str, jax.Array]]
     shape: tuple[int, int, int]
     variables: Any
+    model: Any
 
     def __call__(self, published: Any, images: jax.Array) -> dict[str, jax.Array]:
         """Rows for the images."""
@@ -269,7 +271,7 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
         }
 
     variables = jax.eval_shape(lambda: nn.init(model, jax.random.key(0), task.shape))
-    return Predictor(predict, task.shape, variables)
+    return Predictor(predict, task.shape, variables, model)
 
 
 def check_schedule(section: ConfigDict, name: str, milestones: str, epochs: tuple) -> None:

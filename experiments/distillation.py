@@ -23,8 +23,8 @@ from experiments.distillation_setup import (
     teacher_section,
     variable_shapes,
 )
-from experiments.stored import Stored, check_seeds, one_of, stored_stage
-from experiments.warm_starts import check_warm, warm_needs, warmed
+from experiments.stored import FILES, Stored, check_seeds, one_of, stored_stage
+from experiments.warm_starts import check_warm, read_as, warm_needs, warmed
 from jkd import distill, metrics, nn, prune, train
 from jkd.errors import UserError, unknown
 
@@ -140,10 +140,12 @@ def train_teacher(
 
 
 def load_teacher(setup: Setup, name: str, section: ConfigDict) -> train.Stage:
-    """A teacher from the finished run in its `workdir`: one for all seeds, or one for each."""
+    """A teacher from the finished run or file of weights `workdir`: one for all seeds, or one for each."""
+    stage = "" if section.workdir.endswith(FILES) else section.stage or name
+    stored = read_as(setup, name, Stored(section.workdir, stage))
     shapes = variable_shapes(setup, name)
     check = functools.partial(check_teacher, shapes=shapes, section=section, config=setup.config)
-    return stored_stage(name, Stored(section.workdir, section.stage or name), setup.config, check)
+    return stored_stage(name, stored, setup.config, check)
 
 
 def check_teacher(outcome: train.Outcome, shapes: Any, section: ConfigDict, config: ConfigDict) -> None:

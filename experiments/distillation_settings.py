@@ -64,7 +64,7 @@ def network(model: str, lr: float, epochs: float) -> ConfigDict:
     config.schedule, config.milestones = "cosine", (0,)  # or "steps": tenfold drops after these epochs
     config.warmup_epochs = 0.0  # in which the rate rises linearly
     config.momentum, config.weight_decay = 0.9, 5e-4
-    # A warm start: WORKDIR:STAGE or a .safetensors file; rules "regex -> replacement", "regex ->" drops.
+    # A warm start: WORKDIR:STAGE, .safetensors or .pth file; rules "regex -> replacement", "regex ->" drops.
     config.init_from, config.init_rules = "", ()
     return config
 
@@ -75,7 +75,7 @@ def teacher(model: str, lr: float, epochs: float) -> ConfigDict:
     config.smoothing, config.view = 0.0, "weak"  # of its labels; how its images are augmented
     config.replica = 0  # another number: another start and another order of the same rows
     config.source, config.bank = "live", 8  # or cached: logits of so many views of each image
-    config.workdir, config.stage = "", ""  # a finished run to take the teacher from; "": the stage of its own name
+    config.workdir, config.stage = "", ""  # a finished run, or a file, to take it from; "": the stage of its own name
     return config
 
 

@@ -49,10 +49,16 @@ def check_warm(config: ConfigDict) -> None:
         raise UserError("teacher.workdir gives a finished teacher, which takes no teacher.init_from: leave one out.")
 
 
+def read_as(setup: Setup, stage: str, stored: Stored) -> Stored:
+    """A stored model, read as that of a stage where a file has PyTorch's names."""
+    return dataclasses.replace(stored, model=setup.model(stage), shape=setup.task.shape)
+
+
 def _warm_stage(setup: Setup, part: str) -> train.Stage:
     section = setup.config[part]
-    shapes = variable_shapes(setup, next(iter(setup.teachers)) if part == "teacher" else part)
-    stored = Stored.parse(section.init_from, f"{part}.init_from")
+    stage = next(iter(setup.teachers)) if part == "teacher" else part
+    shapes = variable_shapes(setup, stage)
+    stored = read_as(setup, stage, Stored.parse(section.init_from, f"{part}.init_from"))
 
     def check(outcome: train.Outcome) -> Any:
         check_seeds(outcome, setup.config, str(stored))

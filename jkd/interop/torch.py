@@ -135,7 +135,7 @@ def num_classes(model: nn.Module, state_dict: Mapping[str, ArrayLike]) -> int | 
 
 def _stripped(state_dict: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     given = dict(state_dict)
-    for prefix in PREFIXES:
+    for prefix in PREFIXES * 2:  # in either order
         if given and all(name.startswith(prefix) for name in given):
             given = {name.removeprefix(prefix): leaf for name, leaf in given.items()}
     return {name: leaf for name, leaf in given.items() if not name.endswith(COUNTER)}

@@ -55,7 +55,10 @@ def test_a_file_starts_all_seeds_but_for_what_rules_drop_and_a_teacher_goes_on(s
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["student.init_from=runs"], "student.init_from must be WORKDIR:STAGE or a .safetensors file, got 'runs'."),
+        (
+            ["student.init_from=runs"],
+            "student.init_from must be WORKDIR:STAGE or a .safetensors, .pth, .pt file, got 'runs'.",
+        ),
         (["student.init_from=/nowhere:kd"], "/nowhere holds no finished stage 'kd'"),
         (["student.init_from=SMOKE:kdd"], "Did you mean 'kd'?"),
         (["student.init_from=/nowhere/x.safetensors"], "/nowhere/x.safetensors cannot be read: No such file"),
