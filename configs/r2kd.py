@@ -40,7 +40,7 @@ def all_arms() -> ConfigDict:
     arms.r2kd_mixup = arm(RANK, prune_rate=0.1, mix="all", mixer="mixup")
     arms.r2kd_cutmix = arm(RANK, prune_rate=0.1, mix="all")
     arms.r2kd_cutout = arm(RANK, prune_rate=0.1, mix="all", mixer="cutout")
-    arms.r2kd_autoaugment = arm(RANK, prune_rate=0.1, mix="all", mixer="strong")
+    arms.r2kd_strong = arm(RANK, prune_rate=0.1, mix="all", mixer="strong")
     return arms
 
 

@@ -301,19 +301,24 @@ def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoc
       UserError: for another schedule; `check_schedule` says so with the name of the section.
     """
     if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(lr, num_steps)
+        shape = optax.cosine_decay_schedule(1.0, num_steps)
     elif config.schedule == "steps":
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
-        schedule = optax.piecewise_constant_schedule(lr, drops)
+        shape = optax.piecewise_constant_schedule(1.0, drops)
     else:
         raise unknown("schedule", config.schedule, SCHEDULES)
-    rate, rising = schedule, round(config.warmup_epochs * steps_per_epoch)
-    if rising:
+    rising = round(config.warmup_epochs * steps_per_epoch)
 
-        def rate(t: Any) -> Any:
-            return schedule(t) * jnp.minimum((t + 1) / rising, 1.0)
+    def descent(t: Any) -> Any:
+        return -shape(t) * (jnp.minimum((t + 1) / rising, 1.0) if rising else 1.0)
 
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum))
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.trace(config.momentum),
+        optax.scale_by_schedule(descent),
+        # The rate is part of the state: one compiled step serves all that are tried.
+        optax.inject_hyperparams(optax.scale)(step_size=lr),
+    )
 
 
 def steps_of(config: ConfigDict, task: Task, epochs: float, batch_size: int = 0) -> tuple[int, float]:
