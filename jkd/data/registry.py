@@ -151,4 +151,12 @@ def _load_part(part: str, split: str, folder: str | None) -> Dataset:
     inside = os.path.join(folder, name) if folder is not None else None
     if inside is not None and _idx_folder(name, inside):
         return load(name, split, inside)
-    return load("mnist5k" if part == "digits" else part, split)
+    try:
+        return load("mnist5k" if part == "digits" else part, split)
+    except UserError as error:
+        if part != "fashion_mnist" or _idx_folder(part, None):
+            raise
+        raise UserError(
+            "Fashion-MNIST is not here: apt install dataset-fashion-mnist, or give a data_dir with its IDX files in a "
+            "folder fashion_mnist."
+        ) from error

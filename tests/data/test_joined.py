@@ -112,7 +112,7 @@ def test_a_missing_part_names_its_package(tmp_path, monkeypatch):
             data.load(name, "train", tmp_path)
         assert "\n" not in str(error.value)
     monkeypatch.setattr(registry, "FASHION_MNIST_DIR", pathlib.Path("/nowhere"))
-    with pytest.raises(UserError, match="apt install dataset-fashion-mnist") as error:
+    with pytest.raises(UserError, match="Fashion-MNIST is not here: apt install dataset-fashion-mnist, or") as error:
         data.load("digits_fashion", "train", tmp_path / "empty")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="have one size"):

@@ -42,27 +42,32 @@ def test_neither_mean_logits_nor_mean_probabilities_are_the_target():
     assert kd_loss(STUDENT, teacher_mean_logits(TEACHERS), 3.0) == pytest.approx(0.111719, abs=1e-6)
     mixed = 3 * np.log(softmax(TEACHERS / 3).mean(0))
     assert kd_loss(STUDENT, mixed, 3.0) == pytest.approx(0.099455, abs=1e-6)
-    gradient = jax.grad(lambda z: over_teachers(kd_loss, z, TEACHERS, 3.0))(STUDENT)
-    np.testing.assert_allclose(gradient, jax.grad(kd_loss)(STUDENT, mixed, 3.0), atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda z: over_teachers(kd_loss, z, TEACHERS, 3.0)))(STUDENT)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(kd_loss))(STUDENT, mixed, 3.0), atol=1e-6)
 
 
 def test_any_loss_goes_over_teachers():
     def class_cosine(student, teacher):  # a whole-batch scalar
         return 1 - jnp.sum(student * teacher) / (jnp.linalg.norm(student) * jnp.linalg.norm(teacher))
 
+    student, teachers = (z.astype(np.float32) for z in (STUDENT, TEACHERS))
     losses = {
-        "scalar": lambda t: class_cosine(jnp.asarray(STUDENT), t),
-        "none": lambda t: dkd_loss(STUDENT, t, LABELS, 4.0, beta=2.0, reduction="none"),
-        "energy": lambda t: energy_kd_loss(STUDENT, t, LABELS, -3.0, -2.0),
+        "scalar": lambda t: class_cosine(student, t),
+        "none": lambda t: dkd_loss(student, t, LABELS, 4.0, beta=2.0, reduction="none"),
+        "energy": lambda t: energy_kd_loss(student, t, LABELS, -3.0, -2.0),
     }
-    means = {
-        "scalar": over_teachers(class_cosine, STUDENT, TEACHERS),
-        "none": over_teachers(dkd_loss, STUDENT, TEACHERS, LABELS, 4.0, beta=2.0, reduction="none"),
-        "energy": over_teachers(energy_kd_loss, STUDENT, TEACHERS, LABELS, -3.0, -2.0),
-    }
-    for name, loss in losses.items():
-        np.testing.assert_allclose(means[name], np.mean([loss(jnp.asarray(t)) for t in TEACHERS], axis=0), rtol=1e-5)
-    terms = over_teachers(dkd_terms, STUDENT, TEACHERS, LABELS, 4.0)
+
+    def means():
+        return {
+            "scalar": over_teachers(class_cosine, student, teachers),
+            "none": over_teachers(dkd_loss, student, teachers, LABELS, 4.0, beta=2.0, reduction="none"),
+            "energy": over_teachers(energy_kd_loss, student, teachers, LABELS, -3.0, -2.0),
+        }
+
+    found, loop = jax.jit(means)(), jax.jit(lambda: {n: [f(t) for t in teachers] for n, f in losses.items()})()
+    for name, values in loop.items():
+        np.testing.assert_allclose(found[name], np.mean(values, axis=0), rtol=1e-5)
+    terms = jax.jit(lambda: over_teachers(dkd_terms, student, teachers, LABELS, 4.0))()
     assert terms.tckd.shape == terms.nckd.shape == (2,)
 
 
