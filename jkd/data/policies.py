@@ -215,8 +215,7 @@ def _look_up(image: Image, operation: Array, strength: Array) -> Image:
     common = [value & mask, jnp.where(value < 256 * (1 - strength), value, 255 - value)]
 
     def channel(pixels: Array) -> Array:
-        below = (pixels.reshape(-1, 1) < jnp.arange(257)[None, :]).sum(0)  # how many are below each value
-        tables = jnp.stack([*common, _auto_contrast(pixels), _equalize(below), 255 - value, value])
+        tables = jnp.stack([*common, _auto_contrast(pixels), _equalize(pixels), 255 - value, value])
         index = operation - len(GEOMETRIC + BLENDS)
         return tables[jnp.where(index < 0, len(TABLES), index)][pixels]
 
@@ -230,12 +229,12 @@ def _auto_contrast(pixels: Int[Array, "height width"]) -> Int[Array, "256"]:
     return jnp.where(high > low, stretched, value)
 
 
-def _equalize(below: Int[Array, "257"]) -> Int[Array, "256"]:
-    counts = jnp.diff(below)
+def _equalize(pixels: Int[Array, "height width"]) -> Int[Array, "256"]:
+    counts = jnp.zeros(256, jnp.int32).at[pixels.ravel()].add(1)
     value = jnp.arange(256)
-    last = counts[jnp.where(counts > 0, value, 0).max()]
-    step = (below[-1] - last) // 255
-    flat = jnp.clip((step // 2 + below[:-1]) // jnp.maximum(step, 1), 0, 255)
+    step = (pixels.size - counts[pixels.max()]) // 255
+    below = jnp.cumsum(counts) - counts
+    flat = jnp.clip((step // 2 + below) // jnp.maximum(step, 1), 0, 255)
     return jnp.where(step > 0, flat, value)
 
 
