@@ -22,6 +22,9 @@ from jkd.data.dataset import from_arrays as from_arrays
 from jkd.data.hierarchy import Hierarchy as Hierarchy
 from jkd.data.hierarchy import make_hierarchy as make_hierarchy
 from jkd.data.idx import read_idx as read_idx
+from jkd.data.policies import apply_operations as apply_operations
+from jkd.data.policies import auto_augment as auto_augment
+from jkd.data.policies import rand_augment as rand_augment
 from jkd.data.registry import load as load
 from jkd.data.seeding import epoch_order as epoch_order
 from jkd.data.source import MemorySource as MemorySource
