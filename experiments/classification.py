@@ -61,7 +61,7 @@ class Task:
             rows["validation"] = validation.indices
         chosen = rest.split(c.train_examples, seed=seed)[0] if c.train_examples else rest
         rows["train"] = chosen.long_tail(c.imbalance, seed=seed).indices if c.imbalance != 1 else chosen.indices
-        rows["test"] = self.test.indices
+        rows["test"] = np.arange(len(self.test))
         return {name: np.asarray(index, np.int32) for name, index in rows.items()}
 
     @functools.cached_property
@@ -105,7 +105,8 @@ def load_task(config: ConfigDict) -> Task:
         make = functools.partial(data.blank, shape=shape, num_classes=classes, name=c.name)
         return Task(c, make(c.num_examples), make(max(c.num_examples // 10, config.eval_batch_size)), loader)
     load = functools.partial(data.load, c.name, data_dir=c.data_dir or None, image_size=c.image_size or None)
-    task = Task(c, load(c.train_split), load(c.test_split), loader)
+    test = load(c.test_split)
+    task = Task(c, load(c.train_split), test.per_class(c.test_per_class) if c.test_per_class else test, loader)
     _check_sizes(config, len(task.pool))
     for name in ("mean", "std"):
         if len(c[name]) not in (1, task.shape[-1]):
