@@ -25,6 +25,7 @@ TEACHER = np.array([[2, 1, -1], [0, 1, 3], [1, 0, 0.0]])
 LABELS = np.array([0, 2, 0])
 LOGITS = arrays(np.float32, (4, 5), elements=st.floats(-20, 20, width=32))
 step = jax.jit(jax.value_and_grad(cskd_loss))
+terms_of, cosines_of = jax.jit(cskd_terms), jax.jit(class_cosine)
 loss, temperatures = jax.jit(batch_cosine_loss), jax.jit(cswt_temperature)
 
 
@@ -54,9 +55,9 @@ def test_weighted_temperatures_by_hand():
 
 def test_loss_by_hand():
     with jax.enable_x64(True):
-        terms = jax.tree.map(np.asarray, cskd_terms(STUDENT, TEACHER, LABELS))
-        total = cskd_loss(STUDENT, TEACHER, LABELS)
-        plain = cskd_loss(STUDENT, TEACHER, LABELS, use_cswt=False, kd_weight=0.5)
+        terms = jax.tree.map(np.asarray, terms_of(STUDENT, TEACHER, LABELS))
+        total = jax.jit(cskd_loss)(STUDENT, TEACHER, LABELS)
+        plain = jax.jit(lambda *args: cskd_loss(*args, use_cswt=False, kd_weight=0.5))(STUDENT, TEACHER, LABELS)
     assert np.mean(terms.cross_entropy) == pytest.approx(1.005377, abs=1e-6)
     assert total == pytest.approx(1.841827, abs=2e-6)
     assert plain == pytest.approx(1.005377 + 0.264373, abs=1e-6)
@@ -105,7 +106,7 @@ def test_any_rule_may_choose_the_temperatures(batch):
 
 
 def test_equal_temperatures_reproduce_the_plain_loss(batch):
-    terms = cskd_terms(*batch, t_low=4.0, t_high=4.0)
+    terms = terms_of(*batch, t_low=4.0, t_high=4.0)
     np.testing.assert_array_equal(terms.temperature, 4)
     assert terms.cswt == pytest.approx(float(terms.cosine), rel=1e-5)
 
@@ -127,18 +128,18 @@ def test_probabilities_of_a_class_may_have_another_scale():
 
 def test_shifts_and_order_do_not_matter(batch):
     student, teacher, _ = batch
-    expected, chosen = class_cosine(student, teacher, 4.0), cswt_temperature(student, teacher)
+    expected, chosen = cosines_of(student, teacher, 4.0), temperatures(student, teacher)
     shift = np.linspace(-3, 3, 16, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(class_cosine(student + shift, teacher - shift, 4.0), expected, rtol=1e-5)
-    np.testing.assert_allclose(class_cosine(student[::-1], teacher[::-1], 4.0), expected, rtol=1e-5)
-    np.testing.assert_allclose(class_cosine(student[:, ::-1], teacher[:, ::-1], 4.0), expected[::-1], rtol=1e-5)
-    np.testing.assert_allclose(cswt_temperature(student[::-1], teacher[::-1]), chosen[::-1], rtol=1e-5)
+    np.testing.assert_allclose(cosines_of(student + shift, teacher - shift, 4.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(cosines_of(student[::-1], teacher[::-1], 4.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(cosines_of(student[:, ::-1], teacher[:, ::-1], 4.0), expected[::-1], rtol=1e-5)
+    np.testing.assert_allclose(temperatures(student[::-1], teacher[::-1]), chosen[::-1], rtol=1e-5)
 
 
 def test_cross_entropy_part(batch):
     student, _, labels = batch
     expected = -log_softmax(student, axis=1)[np.arange(16), labels]
-    np.testing.assert_allclose(cskd_terms(*batch).cross_entropy, expected, rtol=1e-5)
+    np.testing.assert_allclose(terms_of(*batch).cross_entropy, expected, rtol=1e-5)
     assert cskd_loss(*batch, kd_weight=0.0, ce_weight=3.0) == pytest.approx(3 * expected.mean(), rel=1e-5)
 
 
