@@ -47,7 +47,7 @@ def _resnet(model: ResNet) -> dict[str, Rules]:
     def shortcut(match: re.Match) -> str:
         return f"resnet.encoder.stages.{int(match[1]) - 1}.layers.{match[2]}.shortcut.{_HUGGING[match[3]]}"
 
-    transformers = [
+    transformers: Rules = [
         ("stem/(conv|norm)", lambda match: f"resnet.embedder.embedder.{_HUGGING[match[1]]}"),
         (r"block(\d+)_(\d+)/layer(\d+)/(conv|norm)", layer),
         (r"block(\d+)_(\d+)/shortcut/(conv|norm)", shortcut),

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen.initializers import Initializer
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Num
 

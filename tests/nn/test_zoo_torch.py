@@ -1,4 +1,4 @@
-"""WRN, VGG, ShuffleNets and MobileNet against PyTorch modules that have the protocol's names."""
+"""ResNets, WRN, VGG, ShuffleNets and MobileNet against PyTorch modules that have the protocol's names."""
 
 import functools
 
@@ -34,6 +34,41 @@ class Numbered(Module):
 
     def run(self, i, x):
         return getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
+
+
+class ResidualUnit(Numbered):
+    def __init__(self, inputs, mid, stride, bottleneck):
+        outputs = 4 * mid if bottleneck else mid
+        ends = [conv(inputs, mid, 1), conv(mid, mid, 3, stride), conv(mid, outputs, 1)]
+        super().__init__(*(ends if bottleneck else [conv(inputs, mid, 3, stride), conv(mid, mid, 3)]))
+        self.count, self.shortcut = 3 if bottleneck else 2, Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = Sequential(conv(inputs, outputs, 1, stride), Norm(outputs))
+
+    def forward(self, x):
+        y = self.run(1, x)
+        for i in range(2, self.count + 1):
+            y = self.run(i, F.relu(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class Residual(Numbered):
+    """The second ResNets of the protocol: ImageNet's blocks behind a 3x3 convolution."""
+
+    def __init__(self, model):
+        inputs, *widths = model.widths
+        super().__init__(conv(3, inputs, 3))
+        for b, (count, width) in enumerate(zip(model.units, widths, strict=True), start=1):
+            units = []
+            for u in range(count):
+                units.append(ResidualUnit(inputs, width, 2 if b > 1 and u == 0 else 1, model.block == "bottleneck"))
+                inputs = 4 * width if model.block == "bottleneck" else width
+            setattr(self, f"layer{b}", Sequential(*units))
+        self.linear = torch.nn.Linear(inputs, model.num_classes)
+
+    def forward(self, x):
+        x = self.layer4(self.layer3(self.layer2(self.layer1(F.relu(self.run(1, x))))))
+        return self.linear(x.mean((2, 3)))
 
 
 class WideUnit(Module):
@@ -92,11 +127,11 @@ class VGG(Module):
 class ShuffleUnit(Numbered):
     def __init__(self, inputs, outputs, stride, first):
         made = outputs - inputs if stride == 2 else outputs
-        mid, self_groups = made // 4, 1 if first else 3
+        mid, groups = made // 4, 1 if first else 3
         super().__init__(
-            conv(inputs, mid, 1, groups=self_groups), conv(mid, mid, 3, stride, mid), conv(mid, made, 1, groups=3)
+            conv(inputs, mid, 1, groups=groups), conv(mid, mid, 3, stride, mid), conv(mid, made, 1, groups=3)
         )
-        self.groups, self.stride = self_groups, stride
+        self.groups, self.stride = groups, stride
 
     def forward(self, x):
         y = shuffled(F.relu(self.run(1, x)), self.groups)
@@ -196,6 +231,8 @@ def with_biased_variances(net, images):
 @pytest.mark.parametrize(
     ("model", "peer", "side"),
     [
+        (nn.ResNet(5, (1, 2, 1, 1), (4, 4, 4, 6, 6), "bottleneck"), Residual, 17),
+        (nn.ResNet(5, (1, 1, 1, 1), (4, 4, 4, 6, 6)), Residual, 17),
         (nn.WideResNet(5, 16, (4, 4, 6, 8)), Wide, 8),
         (nn.VGG(5, (1, 2, 2, 1, 1), (4, 6, 8, 6, 6)), VGG, 18),
         (nn.VGG(5, (1, 1, 1, 1, 1), (2, 3, 2, 3, 2)), VGG, 64),
@@ -203,7 +240,7 @@ def with_biased_variances(net, images):
         (nn.ShuffleNetV2(5, (4, 8, 12, 16, 10), (2, 3, 1)), shuffle_v2, 18),
         (nn.mobilenet(5, width=4), Mobile, 65),
     ],
-    ids=["wrn", "vgg", "vgg_64", "shufflenet_v1", "shufflenet_v2", "mobilenet"],
+    ids=["bottleneck", "basic", "wrn", "vgg", "vgg_64", "shufflenet_v1", "shufflenet_v2", "mobilenet"],
 )
 def test_logits_and_statistics_equal_pytorch(model, peer, side):
     net = peer(model)
