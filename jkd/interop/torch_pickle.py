@@ -99,9 +99,9 @@ class _Unpickler(pickle.Unpickler):
 def _load(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     """What the pickle at the file's position makes, and the storages by their keys; the position is behind it then."""
     start = file.tell()
-    for code, value, _ in pickletools.genops(file):
-        # The unpickler has room for so many objects made at once, and one damaged byte could fill the memory.
-        if "PUT" in code.name and isinstance(value, int) and value > len(file.getbuffer()):
+    for code, number, position in pickletools.genops(file):
+        # The unpickler makes room for as many objects at once: one damaged byte could fill the memory.
+        if "PUT" in code.name and number > (position or 0):
             raise ValueError("more objects than bytes")
     file.seek(start)
     reader = _Unpickler(file)

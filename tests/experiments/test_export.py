@@ -96,7 +96,11 @@ def test_a_file_that_gives_other_outputs_is_removed(smoke, tmp_path, refused, mo
         (["--stage", "kdd"], "holds no finished stage 'kdd'; finish its training first. Did you mean 'kd'?"),
         (["--seed", "2"], "--seed must be one of 0..1, got '2'."),
         (["--style", "timm"], "--style is for PyTorch's names: --format torch."),
-        (["--seed", "all", "--format", "torch"], "--seed all is for --format safetensors; other files are of one seed"),
+        (
+            ["--seed", "all", "--format", "torch", "--output", "new.safetensors"],
+            "--seed all is for --format safetensors;",
+        ),
+        (["--format", "torch"], "--format torch writes a .safetensors file: --output must end so, got "),
         (["--seed", "all"], "--seed all is for --format safetensors; other files are of one seed: --seed 0."),
         (["--platforms", "cpu,gpu"], "Unknown platform 'gpu'; a program is for some of cpu, cuda, rocm, tpu."),
         (["--format", "safetensors", "--platforms", "cpu"], "--platforms is for programs: --format stablehlo."),
