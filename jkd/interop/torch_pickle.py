@@ -101,7 +101,7 @@ def _load(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
     start = file.tell()
     for code, number, position in pickletools.genops(file):
         # The unpickler makes room for as many objects at once: one damaged byte could fill the memory.
-        if "PUT" in code.name and number > (position or 0):
+        if "PUT" in code.name and int(number or 0) > (position or 0):
             raise ValueError("more objects than bytes")
     file.seek(start)
     reader = _Unpickler(file)
