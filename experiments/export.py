@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--platforms is for programs: --format stablehlo.")
     if args.style and args.format != "torch":
         raise UserError("--style is for PyTorch's names: --format torch.")
+    if args.format == "torch" and output.suffix != ".safetensors":
+        raise UserError(f"--format torch writes a .safetensors file: --output must end so, got {args.output!r}.")
     platforms = tuple((args.platforms or ",".join(stablehlo.DEFAULT_PLATFORMS)).split(","))
     says = export(config, args.workdir, args.stage, args.format, output, args.seed, platforms, args.style)
     size = f"{output.stat().length:,} bytes"

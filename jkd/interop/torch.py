@@ -85,6 +85,7 @@ def from_torch(
     if misfits[style]:
         raise UserError(
             f"The state dict does not fit this {type(model).__name__} by its {style} names: {_listed(misfits[style])}."
+            f"{_classes(model, given)}"
         )
     variables: dict[str, Any] = {}
     for path, leaf in leaves:
@@ -177,6 +178,13 @@ def _misfits(leaves: Sequence[Any], given: Mapping[str, Any], table: Rules) -> l
 def _listed(problems: Sequence[str]) -> str:
     more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
     return "; ".join(problems[:SHOWN]) + more
+
+
+def _classes(model: Any, given: Mapping[str, Any]) -> str:
+    found = num_classes(model, given)
+    return (
+        f" It has {found} classes and the model {model.num_classes}." if found not in (None, model.num_classes) else ""
+    )
 
 
 def _put(tree: dict[str, Any], path: Sequence[str], leaf: Any) -> None:

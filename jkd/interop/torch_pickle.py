@@ -9,6 +9,7 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,10 +25,15 @@ DEEPEST = 3  # wrappers in wrappers
 
 
 class Storage(NamedTuple):
-    """A flat array that a pickle refers to."""
+    """A flat array that a pickle refers to, of one of the STORAGES."""
 
     key: str
-    dtype: np.dtype
+    kind: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements."""
+        return np.dtype(STORAGES[self.kind])
 
 
 class Tensor(NamedTuple):
@@ -47,24 +53,24 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 
 
 STORAGES = {
-    "Double": np.float64,
-    "Float": np.float32,
-    "Half": np.float16,
-    "BFloat16": jnp.bfloat16,
-    "Long": np.int64,
-    "Int": np.int32,
-    "Short": np.int16,
-    "Char": np.int8,
-    "Byte": np.uint8,
-    "Bool": np.bool_,
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
-KNOWN = {
+KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
     ("torch", "Size"): tuple,
-    **{("torch", f"{name}Storage"): np.dtype(dtype) for name, dtype in STORAGES.items()},
+    **{("torch", name): name for name in STORAGES},
 }
 
 
@@ -79,13 +85,27 @@ class _Unpickler(pickle.Unpickler):
                 f"its pickle asks for {module}.{name}, which is refused: files of weights hold tensors only. "
                 "In PyTorch, save model.state_dict() and nothing else"
             )
-        return KNOWN[module, name]
+        known = KNOWN[module, name]
+        # A pickle can also set attributes: not those of what outlives it. Strings and built-in types have none to set.
+        return known if isinstance(known, str | type) else lambda *arguments: known(*arguments)
 
     def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key, _, _, *view = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or any(part is not None for part in view):
+        what, kind, key, _, _, *view = pid
+        if what != "storage" or kind not in STORAGES or any(part is not None for part in view):
             raise ValueError("not a storage")
-        return self.storages.setdefault(key, Storage(key, dtype))
+        return self.storages.setdefault(key, Storage(key, kind))
+
+
+def _load(file: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """What the pickle at the file's position makes, and the storages by their keys; the position is behind it then."""
+    start = file.tell()
+    for code, number, position in pickletools.genops(file):
+        # The unpickler makes room for as many objects at once: one damaged byte could fill the memory.
+        if "PUT" in code.name and int(number or 0) > (position or 0):
+            raise ValueError("more objects than bytes")
+    file.seek(start)
+    reader = _Unpickler(file)
+    return reader.load(), reader.storages
 
 
 def read_pickle(data: bytes, path: Any) -> dict[str, np.ndarray]:
@@ -110,23 +130,22 @@ def _from_zip(data: bytes) -> dict[str, np.ndarray]:
         root = pickled.removesuffix("data.pkl")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise UserError("it was written on a big-endian machine")
-        tree = _Unpickler(io.BytesIO(archive.read(pickled))).load()
+        tree, _ = _load(io.BytesIO(archive.read(pickled)))
         return _arrays(tree, lambda storage: archive.read(f"{root}data/{storage.key}"))
 
 
 def _from_pickles(data: bytes) -> dict[str, np.ndarray]:
     file = io.BytesIO(data)
-    magic, _, system = (_Unpickler(file).load() for _ in range(3))
+    magic, _, system = (_load(file)[0] for _ in range(3))
     if magic != MAGIC:
         raise ValueError("another format")
     if not system["little_endian"]:
         raise UserError("it was written on a big-endian machine")
-    reader = _Unpickler(file)
-    tree, keys = reader.load(), _Unpickler(file).load()
+    tree, storages = _load(file)
     found = {}
-    for key in keys:
+    for key in _load(file)[0]:
         count = int.from_bytes(file.read(8), "little")
-        found[key] = file.read(count * reader.storages[key].dtype.itemsize)
+        found[key] = file.read(count * storages[key].dtype.itemsize)
     return _arrays(tree, lambda storage: found[storage.key])
 
 

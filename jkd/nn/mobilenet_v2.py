@@ -128,7 +128,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool = False) -> Outputs:
-        """Returns logits and the features "stem", "block1" ... "blockN", "last" and "pool".
+        """Returns logits and the features "stem", "block1" ... "blockN" and "pool".
 
         Those of the blocks are linear: no ReLU has followed.
         """
@@ -143,7 +143,7 @@ class MobileNetV2(nn.Module):
                 unit = InvertedUnit(width, stride, expansion, self.form, *types, name=f"block{b}_{u}")
                 x = keep(unit(x, train))
             features[f"block{b}"] = x
-        features["last"] = x = form.relu(layer(self.widths[-1], 1, name="last")(x, train))
+        x = keep(form.relu(layer(self.widths[-1], 1, name="last")(x, train)))
         features["pool"] = global_average_pool(x)
         start = {"kernel_init": nn.initializers.normal(0.01), "bias_init": nn.initializers.zeros}
         return Outputs(head(features["pool"], self.num_classes, self.param_dtype, **start), features)

@@ -156,6 +156,8 @@ def test_long_lists_are_cut_and_styles_are_checked(state_dict):
     with pytest.raises(UserError, match=r"params/stem/weird has no counterpart in PyTorch"):
         to_torch(SMALL, {"params": {"stem": {"weird": np.ones(1)}}})
     assert num_classes(SMALL, {}) is None
+    with pytest.raises(UserError, match=r"not \[7, 6\]\. It has 10 classes and the model 7\.$"):
+        from_torch(SMALL.clone(num_classes=7), state_dict)
     assert rules(SMALL, None) == rules(SMALL, "torchvision")
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jkd.errors import UserError
 from jkd.interop.torch import read_state_dict
-from jkd.interop.torch_pickle import read_pickle
+from jkd.interop.torch_pickle import KNOWN, read_pickle
 
 FLAT = np.arange(24, dtype=np.float32)
 
@@ -137,6 +137,25 @@ def test_what_a_pickle_must_not_name(function, arguments, write, tmp_path):
         read_state_dict(file)
     assert f"{file} cannot be used: its pickle asks for {'.'.join(function)}, which is refused" in str(error.value)
     assert not os.path.exists(wanted)
+
+
+@pytest.mark.parametrize("name", ["FloatStorage", "_utils _rebuild_tensor_v2", "Size"])
+@pytest.mark.parametrize("state", [(3, ">", None, None, None, -1, -1, 0), {"a": 1}, (None, {"__defaults__": (1,)})])
+def test_a_pickle_leaves_nothing_behind(name, state):
+    module, _, name = f"torch.{name}".rpartition(" ") if " " in name else ("torch", "", name)
+    build = pickle.PROTO + b"\x02" + pickle.GLOBAL + f"{module}\n{name}\n".encode()
+    before = [(key, known, vars(known).copy() if hasattr(known, "__dict__") else None) for key, known in KNOWN.items()]
+    with pytest.raises(UserError):
+        read_pickle(archive(build + pickle.dumps(state, 2)[2:-1] + pickle.BUILD + pickle.STOP), "x.pth")
+    assert before == [(key, known, vars(known) if hasattr(known, "__dict__") else None) for key, known in KNOWN.items()]
+    assert KNOWN["torch._utils", "_rebuild_tensor_v2"].__defaults__ is None
+    assert np.dtype(np.float32).isnative
+
+
+def test_one_damaged_byte_does_not_fill_the_memory():
+    huge = pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.LONG_BINPUT + b"\xff\xff\xff\x7f" + pickle.STOP
+    with pytest.raises(UserError, match="damaged"):
+        read_pickle(archive(huge), "x.pth")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""WRN, VGG, ShuffleNets, MobileNet and the bottleneck ResNet for CIFAR: sizes, taps, layers, initial values."""
+"""WRN, VGG, ShuffleNets, MobileNets and the bottleneck ResNet for CIFAR: sizes, taps, layers, initial values."""
 
 import collections
 import functools
@@ -16,6 +16,7 @@ from jkd import nn
 from jkd.errors import UserError
 from jkd.nn import resnet, shufflenet, vgg, wide_resnet
 from jkd.nn.mobilenet import SeparableUnit
+from jkd.nn.mobilenet_v2 import InvertedUnit
 
 KEY = jax.random.key(0)
 BF16 = jnp.bfloat16
@@ -26,6 +27,7 @@ SMALL = {
     "shufflenet_v1": (nn.ShuffleNetV1(5, 12, (2, 1, 1)), 8),
     "shufflenet_v2": (nn.ShuffleNetV2(5, (4, 8, 8, 12, 10), (2, 1, 1)), 8),
     "mobilenet": (nn.mobilenet(5, width=4), 32),
+    "mobilenet_v2": (nn.MobileNetV2(5, (1, 2, 1), (4, 6, 4, 8, 12)), 16),
 }
 # Units, and images that they halve.
 UNITS = {
@@ -33,6 +35,7 @@ UNITS = {
     "shufflenet_v1": shufflenet.ShuffleUnit(36, 2, 1, 3),
     "shufflenet_v2": shufflenet.SplitUnit(8, 2),
     "mobilenet": SeparableUnit(8, 2),
+    "mobilenet_v2": InvertedUnit(8, 2, expansion=2),
 }
 small = pytest.mark.parametrize(("model", "side"), SMALL.values(), ids=SMALL)
 units = pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
@@ -89,6 +92,19 @@ def mobilenet_count():
     return total + 1000 * 1025
 
 
+def mobilenet_v2_count(classes, times, narrow):
+    """`narrow`: whether the first unit has no expansion."""
+    inputs, first = int(32 * times), not narrow
+    total = layer(3, 3, inputs)
+    for units, width in zip((1, 2, 3, 4, 3, 3, 1), (16, 24, 32, 64, 96, 160, 320), strict=True):
+        for _ in range(units):
+            hidden = inputs if width == 16 else 6 * inputs
+            total += first * layer(1, inputs, hidden) + layer(3, hidden, hidden, hidden)
+            total += layer(1, hidden, int(width * times))
+            inputs, first = int(width * times), True
+    return total + layer(1, inputs, 1280) + classes * 1281
+
+
 def resnet50_count():
     """The published one for ImageNet: 100 classes instead of 1000, 3x3 instead of 7x7."""
     return 25_557_032 - 900 * 2049 - (49 - 9) * 3 * 64
@@ -103,7 +119,7 @@ VGG = [*halving(32, 64, 128, 256, 512), (4, 4, 512)]
 CIFAR = [(32, 32, 64)]
 
 
-# Counts of the protocol's own PyTorch modules (at 100 classes; MobileNet at 1000), and the same by hand.
+# Counts of the protocol's own PyTorch modules (at 100 classes; MobileNets at 1000), and the same by hand.
 @pytest.mark.parametrize(
     ("name", "published", "by_hand", "maps"),
     [
@@ -121,11 +137,23 @@ CIFAR = [(32, 32, 64)]
         ("resnet18_cifar", 11_220_132, 11_689_512 - 900 * 513 - 40 * 3 * 64, CIFAR + halving(32, 64, 128, 256, 512)),
         ("resnet50_cifar", 23_705_252, resnet50_count(), CIFAR + halving(32, 256, 512, 1024, 2048)),
         ("mobilenet", 4_231_976, mobilenet_count(), [(112, 112, 32), *halving(56, 128, 256, 512, 1024)]),
+        (
+            "mobilenet_v2",
+            3_504_872,
+            mobilenet_v2_count(1000, 1, narrow=True),
+            [(112, 112, 32), (112, 112, 16), *halving(56, 24, 32, 64), (14, 14, 96), *halving(7, 160), (7, 7, 320)],
+        ),
+        (
+            "mobilenet_v2_cifar",
+            812_836,
+            mobilenet_v2_count(100, 0.5, narrow=False),
+            [(16, 16, 16), (16, 16, 8), *halving(16, 12, 16, 32), (4, 4, 48), *halving(2, 80), (2, 2, 160)],
+        ),
     ],
 )
 def test_parameters_and_taps(name, published, by_hand, maps):
     model = getattr(nn, name)()
-    shape = (224, 224, 3) if name == "mobilenet" else (32, 32, 3)
+    shape = (224, 224, 3) if model.num_classes == 1000 else (32, 32, 3)
 
     def call(key):
         variables = nn.init(model, key, shape)
@@ -137,7 +165,8 @@ def test_parameters_and_taps(name, published, by_hand, maps):
     assert {k: v.shape for k, v in out.features.items() if k != "pool"} == {
         name: (2, *shape) for name, shape in zip(names, maps, strict=True)
     }
-    assert out.features["pool"].shape == (2, 1024 if name == "shufflenet_v2" else maps[-1][-1])
+    last = {"shufflenet_v2": 1024, "mobilenet_v2": 1280, "mobilenet_v2_cifar": 1280}
+    assert out.features["pool"].shape == (2, last.get(name, maps[-1][-1]))
     assert out.logits.shape == (2, model.num_classes)
 
 
@@ -147,6 +176,22 @@ def test_width_scales_the_blocks():
     assert nn.shufflenet_v2(10, width=48).widths == (24, 48, 96, 192, 1024)
     assert nn.resnet50_cifar(10, width=4).widths == (4, 4, 8, 16, 32)
     assert (nn.shufflenet_v1(10, width=36).width, nn.mobilenet(10, width=8).width) == (36, 8)
+
+
+def test_multipliers_of_mobilenet_v2():
+    """torchvision's channels, in steps of 8 and never under 90 %; the protocol's are rounded down."""
+    widths = nn.mobilenet_v2(multiplier=1.4).widths
+    assert widths == (48, 24, 32, 48, 88, 136, 224, 448, 1792)
+    assert nn.mobilenet_v2(multiplier=0.35).widths == (16, 8, 8, 16, 24, 32, 56, 112, 1280)
+    assert nn.mobilenet_v2_cifar(multiplier=0.35).widths == (11, 5, 8, 11, 22, 33, 56, 112, 1280)
+    with pytest.raises(UserError, match="width must be at least 1, got 0"):
+        nn.mobilenet_v2_cifar(multiplier=0.01)
+    with pytest.raises(UserError, match="Unknown form 'cifr'"):
+        nn.MobileNetV2(10, form="cifr")
+    with pytest.raises(
+        UserError, match=r"widths must name the stem, each block and the last.*: 4 of them for units=\(1, 2"
+    ):
+        nn.MobileNetV2(10, (1, 2))
 
 
 def test_builders_are_functions_of_their_modules():
@@ -227,7 +272,7 @@ def test_bfloat16_computes_low_and_keeps_the_rest_wide(model, side):
 
 @pytest.mark.parametrize(
     ("name", "kept"),
-    [("wrn", 4), ("vgg", 6), ("shufflenet_v1", 5), ("shufflenet_v2", 6), ("mobilenet", 14)],
+    [("wrn", 4), ("vgg", 6), ("shufflenet_v1", 5), ("shufflenet_v2", 6), ("mobilenet", 14), ("mobilenet_v2", 6)],
 )
 def test_rematerialization_finds_every_unit(name, kept):
     model, side = SMALL[name]
