@@ -18,7 +18,12 @@ from jkd.errors import UserError, unknown
 SPLIT_SEEDS = 2**31 - 1
 SCHEDULES = ("cosine", "steps")
 # Published augmentation policies for color images, by name.
-POLICIES: dict[str, Any] = {"none": None}
+POLICIES: dict[str, Any] = {
+    "none": None,
+    "randaugment": data.rand_augment,
+    "autoaugment_cifar10": functools.partial(data.auto_augment, policy="cifar10"),
+    "autoaugment_imagenet": functools.partial(data.auto_augment, policy="imagenet"),
+}
 PRECISIONS = ("float32", "bfloat16", "float64")
 
 
