@@ -37,6 +37,30 @@ VARIANTS = ("default", "smoke", "hierarchy", *CIFAR, *IMAGENET, *CUB)
 TEMPERATURES = {"t1": 1.0, "t2": 2.0, "t3": 3.0, "t8": 8.0, "t64": 64.0}
 TEACHERS = {"": "teacher", "smooth_": "smooth"}
 
+# The super-classes of CIFAR-100; its classes are numbered in alphabetical order.
+CIFAR_SUPERCLASSES = (
+    "beaver dolphin otter seal whale",
+    "aquarium_fish flatfish ray shark trout",
+    "orchid poppy rose sunflower tulip",
+    "bottle bowl can cup plate",
+    "apple mushroom orange pear sweet_pepper",
+    "clock keyboard lamp telephone television",
+    "bed chair couch table wardrobe",
+    "bee beetle butterfly caterpillar cockroach",
+    "bear leopard lion tiger wolf",
+    "bridge castle house road skyscraper",
+    "cloud forest mountain plain sea",
+    "camel cattle chimpanzee elephant kangaroo",
+    "fox porcupine possum raccoon skunk",
+    "crab lobster snail spider worm",
+    "baby boy girl man woman",
+    "crocodile dinosaur lizard snake turtle",
+    "hamster mouse rabbit shrew squirrel",
+    "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "bicycle bus motorcycle pickup_truck train",
+    "lawn_mower rocket streetcar tank tractor",
+)
+
 
 def all_arms(**changes: Any) -> ConfigDict:
     """Students by distillation alone: the five temperatures with either teacher."""
@@ -70,6 +94,13 @@ def hierarchy(config: ConfigDict) -> None:
     config.diffusion.superclass = tuple(i // 4 for i in range(40))
 
 
+def cifar100(config: ConfigDict, pair: str) -> None:
+    """The CIFAR-100 protocol; its super-classes say which classes are similar."""
+    settings.cifar100(config, pair)
+    numbers = {name: i for i, names in enumerate(CIFAR_SUPERCLASSES) for name in names.split()}
+    config.diffusion.superclass = tuple(numbers[name] for name in sorted(numbers))
+
+
 def imagenet(config: ConfigDict, teacher: str, student: str) -> None:
     """The authors' code: batch 256, teachers of 90 epochs, students of 200 with a warm-up over 5."""
     settings.imagenet(config, f"{teacher}-{student}")
@@ -101,5 +132,5 @@ def get_config(variant: str = "default") -> ConfigDict:
     elif variant in CUB:
         cub200(config, *CUB[variant])
     else:
-        settings.vary(config, variant)
+        settings.vary(config, variant, cifar100=cifar100)
     return config

@@ -124,7 +124,7 @@ def evaluator(setup: Setup, compared: Mapping[str, str], split: str) -> train.Ev
         return {"similar": similar, "students": {name: sums(one) for name, one in consts["students"].items()}}
 
     def finish(tree: Any) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for name, reference in compared.items():
             eta = index(tree["students"][reference], tree["students"][name], tree["similar"] > 0)
             for group in GROUPS:
