@@ -64,7 +64,8 @@ DIFFUSION = (
     *(sign(name, split, group) for split in diffusion.SPLITS for name in RAISED for group in diffusion.GROUPS),
     *(stronger(name) for name in RAISED),
 )
+COMPARED = tuple(f"{prefix}{name}" for prefix in ("", "smooth_") for name in ("t1", *RAISED))
 STUDIES = (
     Study("digits", "configs/label_smoothing_kd.py", (0.003, 0.01, 0.03, 0.1), 3, ACCURACY),
-    Study("hierarchy", "configs/label_smoothing_kd.py:hierarchy", (), 0, DIFFUSION),
+    Study("hierarchy", "configs/label_smoothing_kd.py:hierarchy", (), 0, DIFFUSION, COMPARED),
 )
