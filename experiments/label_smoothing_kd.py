@@ -66,6 +66,6 @@ DIFFUSION = (
 )
 COMPARED = tuple(f"{prefix}{name}" for prefix in ("", "smooth_") for name in ("t1", *RAISED))
 STUDIES = (
-    Study("digits", "configs/label_smoothing_kd.py", (0.003, 0.01, 0.03, 0.1), 3, ACCURACY),
+    Study("digits", "configs/label_smoothing_kd.py", (0.01, 0.03, 0.1, 0.3), 3, ACCURACY),
     Study("hierarchy", "configs/label_smoothing_kd.py:hierarchy", (), 0, DIFFUSION, COMPARED),
 )
