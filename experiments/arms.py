@@ -273,8 +273,11 @@ def two_view_loss(
 # --- the run ---
 
 
-def stages(config: ConfigDict) -> list[train.Stage]:
-    """The teachers of a config and one student for each arm, each an ensemble over the paired seeds."""
+def stages(config: ConfigDict, last: Callable[[Setup], list[train.Stage]] | None = None) -> list[train.Stage]:
+    """The teachers of a config and one student for each arm, each an ensemble over the paired seeds.
+
+    `last(setup)` gives stages that follow.
+    """
     dst.check(config)
     check(config)
     setup = Setup.of(config)
@@ -283,6 +286,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
         *warm_stages(setup),
         *dst.teacher_stages(setup, functools.partial(measures.of_teacher, setup)),
         *(arm_stage(setup, name, shared) for name in selected_arms(config)),
+        *(last(setup) if last else ()),
     ]
 
 

@@ -24,7 +24,7 @@ from jkd.train import Preempted, forget_programs
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import check_writable, folder_of, write_text
 
-METHODS = ("energy_kd", "cosine_kd", "r2kd")
+METHODS = ("energy_kd", "cosine_kd", "r2kd", "label_smoothing_kd")
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
 
 
@@ -64,7 +64,7 @@ def check(methods: Any, overrides: Mapping[str, Any]) -> None:
             config = cli.load_config(study.config, overrides)
             if config.seeds < 2:
                 raise UserError(f"seeds={config.seeds}: differences between arms need at least 2 paired seeds.")
-            if config.data.validation_examples < 1:
+            if study.rates and config.data.validation_examples < 1:
                 raise UserError("data.validation_examples=0: the arms' learning rates are tuned on validation rows.")
 
 

@@ -51,7 +51,7 @@ class Study:
       name: of its folder and headings.
       config: `configs/<method>.py[:variant]`.
       rates: the learning rates that each arm is tuned over, on the validation rows of `tuning_seeds` seeds that
-        the final runs do not use.
+        the final runs do not use. Empty: nothing is tuned, and all arms run together at the rates of the config.
       tuning_seeds: how many.
       claims: what is tested.
       arms: of the config that take part; empty: all.
@@ -126,8 +126,12 @@ def run_study(
 
     Cells: the teachers for tuning and those for the final runs, every arm at every rate on the tuning seeds, every
     tuned arm on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and
-    the rates are chosen by validation rows: no test row decides anything.
+    the rates are chosen by validation rows: no test row decides anything. Without rates there is one cell.
     """
+    if not study.rates:
+        stages = run("whole", {"only": (*teachers, *arms)})["stages"]
+        claims = judge_all(study.claims, stages)
+        return {"config": study.config, "rates": {}, "tuning": {}, "stages": stages, "claims": claims}
     tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
     taught = run("tuning-teachers", {**tuning, "only": tuple(teachers)})
 

@@ -121,6 +121,21 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
     assert found["stages"]["teacher"]["metrics"]["test/top1"] == [99.0] * 3
 
 
+def test_a_study_without_rates_is_one_run_of_all_arms():
+    calls = {}
+
+    def run(cell, overrides):
+        calls[cell] = dict(overrides)
+        return {"workdir": "/cells/whole", "stages": arms(ours=52 + SPREAD, theirs=[50.0] * 3, teacher=[99.0] * 3)}
+
+    study = dataclasses.replace(STUDY, rates=())
+    found = studies.run_study(study, run, ["teacher"], ["ours", "theirs"])
+    assert calls == {"whole": {"only": ("teacher", "ours", "theirs")}}
+    assert (found["rates"], found["tuning"]) == ({}, {})
+    assert list(found["stages"]) == ["ours", "theirs", "teacher"]
+    assert [claim["verdict"] for claim in found["claims"]] == [studies.HOLDS]
+
+
 def test_an_interaction_is_a_difference_of_differences():
     claim = studies.Claim("more for a", better=["a_mix", "b"], worse=["a", "b_mix"])
     stages = arms(a=50 + SPREAD, a_mix=53 + SPREAD, b=[60.0] * 3, b_mix=61 + SPREAD)
@@ -342,6 +357,18 @@ def test_any_metric_can_be_compared():
 def test_reproduce_refuses_unknown_methods(refused, untouched):
     line = refused(reproduce.main, "energy-kd", "--out", untouched() / "out")
     assert "Unknown method 'energy-kd'. Did you mean 'energy_kd'?" in line
+
+
+def test_a_study_without_rates_needs_no_validation_rows(made_up, tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, rates=(), claims=[], arms=("ce", "kd"))
+    monkeypatch.setattr(energy_kd, "STUDIES", (study,))
+    reproduce.main(["energy_kd", "--out", str(tmp_path), "--config.data.validation_examples=0"])
+    assert made_up == ["whole"]
+    found = json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]
+    assert list(found["stages"]) == ["teacher", "ce", "kd"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Nothing was tuned: every arm has the learning rate of the config." in page
+    assert "the edge of those tried" not in page
 
 
 def test_the_shipped_studies_name_real_arms():
