@@ -86,15 +86,15 @@ def agreement_evaluator(setup: Setup) -> train.Evaluator:
     the student's logits over classes, by that of the teachers'.
     """
 
-    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, jax.Array]:
+    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, Any]:
         images = setup.views["weak"].plain(batch["image"])
         student = setup.student.apply(published, images, train=False).logits
         each = [setup.teach(name, variables, images) for name, variables in consts["teachers"].items()]
         teacher = distill.teacher_mean_logits(jnp.stack(each))
         ours, theirs = (jnp.where(mask[:, None], jax.nn.softmax(logits), 0) for logits in (student, teacher))
-        predicted = (metrics.predicted_class(logits) for logits in (student, teacher))
+        first, second = (metrics.predicted_class(logits) for logits in (student, teacher))
         return {
-            "joint": metrics.joint_histogram(*predicted, setup.task.num_classes, mask),
+            "joint": metrics.joint_histogram(first, second, setup.task.num_classes, mask),
             "products": jnp.stack([(a * b).sum(0) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs))]),
             "bins": metrics.calibration_bins(jax.nn.softmax(student), batch["label"], mask=mask)._asdict(),
             "kl": jnp.where(mask, metrics.predictive_kl(teacher, student), 0).sum(),

@@ -71,5 +71,5 @@ def _warm_stage(setup: Setup, part: str) -> train.Stage:
             if report.table().row_count:
                 console.print(report.table())
 
-    stage = stored_stage(f"init_{part}", stored, setup.config, say)
-    return dataclasses.replace(stage, check=lambda: check(stored.shapes()) and None)
+    made = stored_stage(f"init_{part}", stored, setup.config, say)
+    return dataclasses.replace(made, check=lambda: check(stored.shapes()) and None)
