@@ -275,14 +275,22 @@ def two_view_loss(
 
 def stages(config: ConfigDict) -> list[train.Stage]:
     """The teachers of a config and one student for each arm, each an ensemble over the paired seeds."""
+    return measured_stages(config, lambda setup, arm: {})
+
+
+def measured_stages(
+    config: ConfigDict, more: Callable[[Setup, ConfigDict], Mapping[str, train.Evaluator]]
+) -> list[train.Stage]:
+    """`stages` with the evaluators `more(setup, arm)` for each student, beside those that all methods have."""
     dst.check(config)
     check(config)
     setup = Setup.of(config)
     shared = measures.of_students(setup)
+    students = {name: {**shared, **more(setup, config.arms[name])} for name in selected_arms(config)}
     return [
         *warm_stages(setup),
         *dst.teacher_stages(setup, functools.partial(measures.of_teacher, setup)),
-        *(arm_stage(setup, name, shared) for name in selected_arms(config)),
+        *(arm_stage(setup, name, evaluators) for name, evaluators in students.items()),
     ]
 
 

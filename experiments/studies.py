@@ -55,6 +55,8 @@ class Study:
       tuning_seeds: how many.
       claims: what is tested.
       arms: of the config that take part; empty: all.
+      derived: `derived(stages) -> stages`: made of the final ones, with metrics of the same seeds, for claims about
+        several arms at once; they are reported beside the others.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Study:
     tuning_seeds: int
     claims: Sequence[Claim]
     arms: Sequence[str] = ()
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stages: {}
 
 
 TUNE, TEST = "validation/top1", "test/top1"
@@ -146,6 +149,7 @@ def run_study(
     for arm, rate in chosen.items():
         changes = {"only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": found["workdir"]}
         stages[arm] = run(f"final-{arm}", changes)["stages"][arm]
+    stages |= study.derived(stages)
     return {
         "config": study.config,
         "rates": chosen,

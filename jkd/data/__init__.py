@@ -20,9 +20,14 @@ from jkd.data.dataset import blank as blank
 from jkd.data.dataset import concat as concat
 from jkd.data.dataset import from_arrays as from_arrays
 from jkd.data.idx import read_idx as read_idx
+from jkd.data.jitter import color_jitter as color_jitter
 from jkd.data.registry import load as load
 from jkd.data.seeding import epoch_order as epoch_order
 from jkd.data.source import MemorySource as MemorySource
 from jkd.data.source import Source as Source
 from jkd.data.source import StreamSource as StreamSource
 from jkd.data.source import source as source
+from jkd.data.warp import random_resized_crop as random_resized_crop
+from jkd.data.warp import random_rotation as random_rotation
+from jkd.data.warp import resize as resize
+from jkd.data.warp import rotated as rotated
