@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 
     student: jax.Array
     teacher: jax.Array
-    labels: jax.Array | None
+    labels: Any  # None for mixed images
     temperature: Any
     warm_up: Any = 1.0
 

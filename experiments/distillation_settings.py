@@ -126,7 +126,7 @@ def augmentation(**changes: Any) -> ConfigDict:
     `crop`: the least share of the area that random resized crops keep; `rotation`: at most so many degrees; `jitter`:
     of color, as a share; the others in pixels.
     """
-    steps = {"crop": 0.0, "shift": 0, "pad_crop": 0, "flip": False, "rotation": 0.0}
+    steps: dict[str, Any] = {"crop": 0.0, "shift": 0, "pad_crop": 0, "flip": False, "rotation": 0.0}
     steps |= {"jitter": 0.0, "policy": "none", "cutout": 0}
     return ConfigDict(steps | changes)
 

@@ -95,9 +95,9 @@ def agreement_sums(student: Any, teachers: Sequence[Any], labels: Any, mask: Any
     """What `agreement` is made of, for the rows of one batch: add them over batches."""
     teacher = distill.teacher_mean_logits(jnp.stack(teachers))
     ours, theirs = (jnp.where(mask[:, None], jax.nn.softmax(logits), 0) for logits in (student, teacher))
-    predicted = (metrics.predicted_class(logits) for logits in (student, teacher))
+    predicted = [metrics.predicted_class(logits) for logits in (student, teacher)]
     return {
-        "joint": metrics.joint_histogram(*predicted, student.shape[1], mask),
+        "joint": metrics.joint_histogram(predicted[0], predicted[1], student.shape[1], mask),
         "products": jnp.stack([(a * b).sum(0) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs))]),
         "bins": metrics.calibration_bins(jax.nn.softmax(student), labels, mask=mask)._asdict(),
         "kl": jnp.where(mask, metrics.predictive_kl(teacher, student), 0).sum(),

@@ -96,7 +96,7 @@ def judge(claim: Claim, stages: Mapping[str, Any]) -> dict[str, Any]:
 
 def _values(of: Of, stages: Mapping[str, Any]) -> np.ndarray:
     if isinstance(of, list):
-        return sum(_values(one, stages) for one in of)
+        return np.sum([_values(one, stages) for one in of], axis=0)
     stage, metric = (of, TEST) if isinstance(of, str) else of
     return np.atleast_1d(np.asarray(stages[stage]["metrics"][metric], float))
 

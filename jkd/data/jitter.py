@@ -1,5 +1,7 @@
 """Random changes of color, keyed, for whole batches."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, UInt8
@@ -33,7 +35,8 @@ def color_jitter(
     def mean_grey(x: Array) -> Array:
         return grey(x).mean((1, 2, 3), keepdims=True)
 
+    steps: tuple[Callable[[Array], Array], ...] = (jnp.zeros_like, mean_grey, grey)
     x = images.astype(jnp.float32)
-    for factor, rest in zip(factors, (jnp.zeros_like, mean_grey, grey), strict=True):
+    for factor, rest in zip(factors, steps, strict=True):
         x = jnp.clip(factor * x + (1 - factor) * rest(x), 0, 255)
     return jnp.round(x).astype(images.dtype)
