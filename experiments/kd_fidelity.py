@@ -124,7 +124,7 @@ def check_maps(setup: Setup, arm: ConfigDict) -> None:
 
 def summary(sums: Any) -> dict[str, float]:
     """The metrics of one look, from sums over its rows."""
-    bins, counts = sums["bins"], metrics.AttentionCounts(**sums["attention"])
+    bins, (counts, taught) = sums["bins"], (counts_of(sums[name]) for name in ("attention", "teachers"))
     found = {"top1": 100 * float(bins["correct"].sum() / bins["total"].sum()), **measures.agreement(sums)}
     count = len(counts.empty)
     names, iou = [*(f"T{m + 1}" for m in range(count - 1)), "S"], np.asarray(counts.iou)
@@ -132,9 +132,14 @@ def summary(sums: Any) -> dict[str, float]:
         found[f"iou_{names[i]}_{names[j]}"] = 100 * float(iou[i, j])
     if count > 2:
         found[f"iou_{'_'.join(names)}"] = 100 * float(counts.all_iou)
-    if sums["teachers"]:
-        found[f"iou_{'_'.join(names[:-1])}"] = 100 * float(metrics.AttentionCounts(**sums["teachers"]).all_iou)
-    return found | {"blank": 100 * float(np.diagonal(counts.empty).mean() / counts.images)}
+    if taught:
+        found[f"iou_{'_'.join(names[:-1])}"] = 100 * float(taught.all_iou)
+    return found | {"blank": 100 * float(jnp.diagonal(counts.empty).mean() / counts.images)}
+
+
+def counts_of(sums: Any) -> Any:
+    """Attention counts from what was stored of them; None where nothing was."""
+    return metrics.AttentionCounts(**jax.tree.map(jnp.asarray, sums)) if sums else None
 
 
 # --- measures of the grid ---
@@ -212,5 +217,5 @@ CLAIMS = (
     ),
     Claim("the same on clean rows", "not told apart", value=("grid", "clean_iou~clean_fidelity"), inside=(0.0, 1.0)),
 )
-PAIRS = tuple(f"T1{a}_T2{b}_S{s}" for a, b in ("ww", "ws", "ss") for s in "ws")
+PAIRS = tuple(f"T1{a}_T2{b}_S{s}" for a, b in ("ww", "ss") for s in "ws")
 STUDIES = (Study("digits", "configs/kd_fidelity.py", (0.05, 0.2), 2, CLAIMS, PAIRS, grid),)

@@ -11,6 +11,7 @@ from jkd.checks import check_share
 from jkd.errors import UserError
 
 Images = Num[Array, "batch height width channel"]
+Resized = Num[Array, "batch side side channel"]
 ASPECT = 4 / 3  # the largest of a random crop, either way
 
 
@@ -45,7 +46,7 @@ def rotated(images: Images, angles: Float[Array, " batch"]) -> Images:
     return _like(images, total)
 
 
-def random_resized_crop(key: PRNGKeyArray, images: Images, size: int, area: float = 0.08) -> Images:
+def random_resized_crop(key: PRNGKeyArray, images: Images, size: int, area: float = 0.08) -> Resized:
     """Resizes a random box of each image to `size` x `size`: its share of the area uniform in [area, 1].
 
     The logarithm of its aspect is uniform in +-log(4/3), its place uniform; a box that is larger than the image is cut
@@ -72,7 +73,7 @@ def random_resized_crop(key: PRNGKeyArray, images: Images, size: int, area: floa
     return _like(images, jax.vmap(one)(images.astype(jnp.float32), start, box))
 
 
-def resize(images: Images, size: int) -> Images:
+def resize(images: Images, size: int) -> Resized:
     """Resizes images to `size` x `size`, bilinear with half-pixel centers.
 
     Raises:
