@@ -16,7 +16,8 @@ from jkd import data, nn
 from jkd.errors import UserError
 
 SMOKE = "configs/kd_fidelity.py:smoke"
-ARM, SMOKE_ARM = "T1w_T2s_Ss", "T1w_T2w_Ss"  # equal programs of equal teachers compile once
+ARM, SMOKE_ARM = "T1w_T2s_Ss", "T1w_Ss"
+ONE_BATCH = "--config.eval_batch_size=504"  # adding up batches would be a second program of every evaluator
 
 
 # --- the smoke run ---
@@ -25,15 +26,14 @@ ARM, SMOKE_ARM = "T1w_T2s_Ss", "T1w_T2w_Ss"  # equal programs of equal teachers 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("smoke")
-    train.main(["--config", SMOKE, "--workdir", str(workdir), f"--config.only={SMOKE_ARM}", *QUIET])
+    train.main(["--config", SMOKE, "--workdir", str(workdir), f"--config.only={SMOKE_ARM}", ONE_BATCH, *QUIET])
     return json.loads((workdir / "results.json").read_text())["stages"]
 
 
-def test_smoke_trains_the_teachers_of_its_arm_and_measures_its_student(stages):
-    assert list(stages) == ["t1_weak", "t2_weak", SMOKE_ARM]
+def test_smoke_trains_the_teacher_of_its_arm_and_measures_its_student(stages):
+    assert list(stages) == ["t1_weak", SMOKE_ARM]
     found = stages[SMOKE_ARM]["metrics"]
-    looks = ("top1", "fidelity", "mutual_information", "entropy", "kl", "ece", "blank")
-    looks += ("iou_T1_T2", "iou_T1_S", "iou_T2_S", "iou_T1_T2_S")
+    looks = ("top1", "fidelity", "mutual_information", "entropy", "kl", "ece", "blank", "iou_T1_S")
     names = {f"looks/{look}_{name}" for look in ("clean", "augmented") for name in looks}
     assert names | {"looks/affinity", "train/clean_top1", "train/augmented_top1"} <= set(found)
     assert all(np.isfinite(found[name]).all() and np.shape(found[name]) == (2,) for name in names)
