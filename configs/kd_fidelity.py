@@ -30,7 +30,7 @@ from experiments.distillation_settings import arm, augmentation
 VARIANTS = ("default", "smoke", "cifar100", "cifar100_lt", "imagenet", "imagenet_lt")
 STRENGTHS = {"w": "weak", "s": "strong"}
 KD = {"ce": 0.6, "kd": 0.4}
-EPOCHS = 15.0  # of the digits
+EPOCHS = 20.0  # of the digits
 
 
 def teachers(count: int) -> ConfigDict:
@@ -45,7 +45,7 @@ def all_arms(counts: Sequence[int]) -> ConfigDict:
     for *taught, student in (letters for count in counts for letters in itertools.product("ws", repeat=count + 1)):
         name = "_".join([*(f"T{m}{letter}" for m, letter in enumerate(taught, start=1)), f"S{student}"])
         names = tuple(f"t{m}_{STRENGTHS[letter]}" for m, letter in enumerate(taught, start=1))
-        arms[name] = arm(KD, teachers=names, view=STRENGTHS[student], temperature=3.0, lr=0.1, epochs=EPOCHS)
+        arms[name] = arm(KD, teachers=names, view=STRENGTHS[student], temperature=3.0, lr=0.5, epochs=EPOCHS)
     return arms
 
 
@@ -53,7 +53,7 @@ def digits(config: ConfigDict) -> None:
     """Small convolutional nets on digits that are moved, turned and cut."""
     config.seeds, config.ensemble, config.eval_epochs = 5, "loop", 0.0
     config.data.strong = augmentation(shift=3, rotation=20.0, cutout=8)
-    config.teacher.update({"model": "cnn", "width": 16, "lr": 0.1, "epochs": EPOCHS, "weight_decay": 0.0})
+    config.teacher.update({"model": "cnn", "width": 16, "lr": 0.5, "epochs": EPOCHS, "weight_decay": 0.0})
     config.student.update({"model": "cnn", "width": 8, "weight_decay": 0.0})
 
 

@@ -218,4 +218,4 @@ CLAIMS = (
     Claim("the same on clean rows", "not told apart", value=("grid", "clean_iou~clean_fidelity"), inside=(0.0, 1.0)),
 )
 PAIRS = tuple(f"T1{a}_T2{b}_S{s}" for a, b in ("ww", "ss") for s in "ws")
-STUDIES = (Study("digits", "configs/kd_fidelity.py", (0.05, 0.2), 2, CLAIMS, PAIRS, grid),)
+STUDIES = (Study("digits", "configs/kd_fidelity.py", (0.3, 0.8), 2, CLAIMS, PAIRS, grid),)
