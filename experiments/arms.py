@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 
     student: jax.Array
     teacher: jax.Array
-    labels: Any
+    labels: Any  # None for mixed images
     temperature: Any
     warm_up: Any = 1.0
 
@@ -273,20 +273,28 @@ def two_view_loss(
 # --- the run ---
 
 
-def stages(config: ConfigDict, last: Callable[[Setup], list[train.Stage]] | None = None) -> list[train.Stage]:
+def stages(
+    config: ConfigDict,
+    more: Callable[[Setup, ConfigDict], Mapping[str, train.Evaluator]] = lambda setup, arm: {},
+    last: Callable[[Setup], list[train.Stage]] = lambda setup: [],
+) -> list[train.Stage]:
     """The teachers of a config and one student for each arm, each an ensemble over the paired seeds.
 
-    `last(setup)` gives stages that follow.
+    Args:
+      config: as made by `experiments/distillation_settings.py`.
+      more: `(setup, arm) -> {name: Evaluator}`, beside those that the students of all methods have.
+      last: `setup -> stages` that follow.
     """
     dst.check(config)
     check(config)
     setup = Setup.of(config)
     shared = measures.of_students(setup)
+    students = {name: {**shared, **more(setup, config.arms[name])} for name in selected_arms(config)}
     return [
         *warm_stages(setup),
         *dst.teacher_stages(setup, functools.partial(measures.of_teacher, setup)),
-        *(arm_stage(setup, name, shared) for name in selected_arms(config)),
-        *(last(setup) if last else ()),
+        *(arm_stage(setup, name, evaluators) for name, evaluators in students.items()),
+        *last(setup),
     ]
 
 

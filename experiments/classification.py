@@ -142,11 +142,15 @@ def _check_sizes(config: ConfigDict, rows: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Images as a model sees them: augmented for training, plain for evaluation; float32, normalized."""
+    """Images as a model sees them: augmented for training, plain for evaluation; float32, normalized.
+
+    `size` is the side that images are resized to, 0 for their own.
+    """
 
     augment: Callable
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    size: int = 0
 
     def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """A random view of every image."""
@@ -154,7 +158,7 @@ class Views:
 
     def plain(self, images: jax.Array) -> jax.Array:
         """The images themselves."""
-        return data.normalize(images, self.mean, self.std)
+        return data.normalize(data.resize(images, self.size) if self.size else images, self.mean, self.std)
 
 
 def make_views(config: ConfigDict) -> dict[str, Views]:
@@ -167,25 +171,40 @@ def make_views(config: ConfigDict) -> dict[str, Views]:
     for name, least in (("mean", -math.inf), ("std", 0.0)):
         if not all(math.isfinite(value) and value > least for value in c[name]):
             raise UserError(f"data.{name} must be finite{' and > 0' if name == 'std' else ''}, got {c[name]}.")
-    return {
-        name: Views(augmentation(c[name], f"data.{name}"), tuple(c.mean), tuple(c.std)) for name in ("weak", "strong")
-    }
+    if c.resize < 0:
+        raise UserError(f"data.resize must be >= 0 pixels, got {c.resize}.")
+    numbers = (tuple(c.mean), tuple(c.std), c.resize)
+    return {name: Views(augmentation(c[name], f"data.{name}", c.resize), *numbers) for name in ("weak", "strong")}
 
 
-def augmentation(section: ConfigDict, field: str) -> Callable:
-    """The steps of one section, composed: policy, shift, pad_crop, flip, cutout."""
-    for name in ("shift", "pad_crop", "cutout"):
+def augmentation(section: ConfigDict, field: str, size: int = 0) -> Callable:
+    """The steps of one section, composed in the order of its fields.
+
+    The first is a random crop or else a resizing, to `size`; a crop keeps the images' own size where that is 0.
+    """
+    for name in ("shift", "pad_crop", "cutout", "rotation"):
         if section[name] < 0:
-            raise UserError(f"{field}.{name} must be >= 0 pixels, got {section[name]}.")
+            raise UserError(f"{field}.{name} must be >= 0, got {section[name]}.")
+    for name in ("crop", "jitter"):
+        if not 0 <= section[name] <= 1:
+            raise UserError(f"{field}.{name} must lie in [0, 1], got {section[name]}.")
     if section.policy not in POLICIES:
         raise unknown(f"{field}.policy", section.policy, tuple(POLICIES))
     steps: list[Callable] = []
+    if section.crop:
+        steps.append(lambda key, images: data.random_resized_crop(key, images, size or images.shape[1], section.crop))
+    elif size:
+        steps.append(lambda key, images: data.resize(images, size))
     if section.shift:
         steps.append(functools.partial(data.shift, max_shift=section.shift))
     if section.pad_crop:
         steps.append(functools.partial(data.pad_crop, padding=section.pad_crop))
     if section.flip:
         steps.append(data.flip)
+    if section.rotation:
+        steps.append(functools.partial(data.random_rotation, degrees=section.rotation))
+    if section.jitter:
+        steps.append(functools.partial(data.color_jitter, strength=section.jitter))
     if section.policy != "none":
         steps.append(POLICIES[section.policy])
     if section.cutout:

@@ -101,6 +101,7 @@ def base(method: str) -> ConfigDict:
     config.data.imbalance = 1.0
     config.data.weak = augmentation(shift=1)
     config.data.strong = augmentation(shift=3, cutout=8)
+    config.data.resize = 0  # images of one size come to models resized to this side, in views of both kinds
     config.data.mean, config.data.std = (0.1307,), (0.3081,)
     # For plans without the data: what they look like.
     config.data.blank, config.data.shape, config.data.num_classes = False, (28, 28, 1), 10
@@ -121,8 +122,13 @@ def base(method: str) -> ConfigDict:
 
 
 def augmentation(**changes: Any) -> ConfigDict:
-    """How images are augmented, in this order; zeros leave a step out."""
-    steps = {"shift": 0, "pad_crop": 0, "flip": False, "policy": "none", "cutout": 0}
+    """How images are augmented, in this order; zeros leave a step out.
+
+    `crop`: the least share of the area that random resized crops keep; `rotation`: at most so many degrees; `jitter`:
+    of color, as a share; the others in pixels.
+    """
+    steps: dict[str, Any] = {"crop": 0.0, "shift": 0, "pad_crop": 0, "flip": False, "rotation": 0.0}
+    steps |= {"jitter": 0.0, "policy": "none", "cutout": 0}
     return ConfigDict(steps | changes)
 
 

@@ -19,7 +19,7 @@ BASELINE = "t1"
 
 def stages(config: ConfigDict) -> list[train.Stage]:
     """The teachers, the students, and the stage that compares the students' features."""
-    return arms.stages(config, diffusion.stages)
+    return arms.stages(config, last=diffusion.stages)
 
 
 def predictor(config: ConfigDict, stage: str) -> cls.Predictor:

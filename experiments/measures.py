@@ -1,6 +1,7 @@
 """What is measured of every teacher and student beside their accuracy, by all distillation methods alike."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -78,43 +79,50 @@ def group_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
 
 
 def agreement_evaluator(setup: Setup) -> train.Evaluator:
-    """Student and teachers (the mean of their logits) on the test rows.
+    """Student and teachers (the mean of their logits) on the test rows: `agreement`."""
+
+    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, Any]:
+        images = setup.views["weak"].plain(batch["image"])
+        student = setup.student.apply(published, images, train=False).logits
+        each = [setup.teach(name, variables, images) for name, variables in consts["teachers"].items()]
+        return agreement_sums(student, each, batch["label"], mask)
+
+    source = functools.partial(setup.task.part, name="test", batch_size=setup.config.eval_batch_size)
+    return train.Evaluator(source, collect, agreement)
+
+
+def agreement_sums(student: Any, teachers: Sequence[Any], labels: Any, mask: Any) -> dict[str, Any]:
+    """What `agreement` is made of, for the rows of one batch: add them over batches."""
+    teacher = distill.teacher_mean_logits(jnp.stack(teachers))
+    ours, theirs = (jnp.where(mask[:, None], jax.nn.softmax(logits), 0) for logits in (student, teacher))
+    predicted = [metrics.predicted_class(logits) for logits in (student, teacher)]
+    return {
+        "joint": metrics.joint_histogram(predicted[0], predicted[1], student.shape[1], mask),
+        "products": jnp.stack([(a * b).sum(0) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs))]),
+        "bins": metrics.calibration_bins(jax.nn.softmax(student), labels, mask=mask)._asdict(),
+        "kl": jnp.where(mask, metrics.predictive_kl(teacher, student), 0).sum(),
+        "entropy": jnp.where(mask, metrics.predictive_entropy(student), 0).sum(),
+        "spread": jnp.stack([jnp.where(mask, logits.std(axis=1), 0).sum() for logits in (student, teacher)]),
+        "total": mask.sum(),
+    }
+
+
+def agreement(sums: Any) -> dict[str, float]:
+    """How alike student and teachers are.
 
     `fidelity`: percent of equal predictions; `mutual_information` (nats) of the predicted classes; `kl` (nats) of the
     student's probabilities from the teachers'; `class_cosine`: the mean over classes of the cosine of both networks'
     probabilities over the rows; `entropy` (nats) and `ece` of the student; `logit_scale`: the standard deviation of
     the student's logits over classes, by that of the teachers'.
     """
-
-    def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, Any]:
-        images = setup.views["weak"].plain(batch["image"])
-        student = setup.student.apply(published, images, train=False).logits
-        each = [setup.teach(name, variables, images) for name, variables in consts["teachers"].items()]
-        teacher = distill.teacher_mean_logits(jnp.stack(each))
-        ours, theirs = (jnp.where(mask[:, None], jax.nn.softmax(logits), 0) for logits in (student, teacher))
-        first, second = (metrics.predicted_class(logits) for logits in (student, teacher))
-        return {
-            "joint": metrics.joint_histogram(first, second, setup.task.num_classes, mask),
-            "products": jnp.stack([(a * b).sum(0) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs))]),
-            "bins": metrics.calibration_bins(jax.nn.softmax(student), batch["label"], mask=mask)._asdict(),
-            "kl": jnp.where(mask, metrics.predictive_kl(teacher, student), 0).sum(),
-            "entropy": jnp.where(mask, metrics.predictive_entropy(student), 0).sum(),
-            "spread": jnp.stack([jnp.where(mask, logits.std(axis=1), 0).sum() for logits in (student, teacher)]),
-            "total": mask.sum(),
-        }
-
-    def finish(sums: Any) -> dict[str, float]:
-        dot, ours, theirs = np.asarray(sums["products"], np.float64)
-        total = float(sums["total"])
-        return {
-            "fidelity": 100 * float(np.trace(sums["joint"])) / total,
-            "mutual_information": float(metrics.mutual_information(sums["joint"])),
-            "kl": float(sums["kl"]) / total,
-            "class_cosine": float(np.mean(dot / np.sqrt(ours * theirs + np.finfo(np.float32).tiny))),
-            "entropy": float(sums["entropy"]) / total,
-            "ece": float(metrics.ece(metrics.CalibrationBins(**sums["bins"]))),
-            "logit_scale": float(sums["spread"][0] / sums["spread"][1]),
-        }
-
-    source = functools.partial(setup.task.part, name="test", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish)
+    dot, ours, theirs = np.asarray(sums["products"], np.float64)
+    total = float(sums["total"])
+    return {
+        "fidelity": 100 * float(np.trace(sums["joint"])) / total,
+        "mutual_information": float(metrics.mutual_information(sums["joint"])),
+        "kl": float(sums["kl"]) / total,
+        "class_cosine": float(np.mean(dot / np.sqrt(ours * theirs + np.finfo(np.float32).tiny))),
+        "entropy": float(sums["entropy"]) / total,
+        "ece": float(metrics.ece(metrics.CalibrationBins(**sums["bins"]))),
+        "logit_scale": float(sums["spread"][0] / sums["spread"][1]),
+    }

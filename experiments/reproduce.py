@@ -24,7 +24,7 @@ from jkd.train import Preempted, forget_programs
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import check_writable, folder_of, write_text
 
-METHODS = ("energy_kd", "cosine_kd", "r2kd", "label_smoothing_kd")
+METHODS = ("kd_fidelity", "label_smoothing_kd", "energy_kd", "cosine_kd", "r2kd")
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
 
 

@@ -55,6 +55,8 @@ class Study:
       tuning_seeds: how many.
       claims: what is tested.
       arms: of the config that take part; empty: all.
+      derived: `derived(stages) -> stages`: made of the final ones, with metrics of the same seeds, for claims about
+        several arms at once; they are reported beside the others.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Study:
     tuning_seeds: int
     claims: Sequence[Claim]
     arms: Sequence[str] = ()
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stages: {}
 
 
 TUNE, TEST = "validation/top1", "test/top1"
@@ -129,9 +132,7 @@ def run_study(
     the rates are chosen by validation rows: no test row decides anything. Without rates there is one cell.
     """
     if not study.rates:
-        stages = run("whole", {"only": (*teachers, *arms)})["stages"]
-        claims = judge_all(study.claims, stages)
-        return {"config": study.config, "rates": {}, "tuning": {}, "stages": stages, "claims": claims}
+        return _judged(study, run("whole", {"only": (*teachers, *arms)})["stages"], {}, {})
     tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
     taught = run("tuning-teachers", {**tuning, "only": tuple(teachers)})
 
@@ -150,13 +151,13 @@ def run_study(
     for arm, rate in chosen.items():
         changes = {"only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": found["workdir"]}
         stages[arm] = run(f"final-{arm}", changes)["stages"][arm]
-    return {
-        "config": study.config,
-        "rates": chosen,
-        "tuning": {arm: _plain(of) for arm, of in scores.items()},
-        "stages": stages,
-        "claims": judge_all(study.claims, stages),
-    }
+    return _judged(study, stages, chosen, {arm: _plain(of) for arm, of in scores.items()})
+
+
+def _judged(study: Study, stages: Mapping[str, Any], rates: Mapping[str, float], tuning: Mapping) -> dict[str, Any]:
+    stages = {**stages, **study.derived(stages)}
+    claims = judge_all(study.claims, stages)
+    return {"config": study.config, "rates": rates, "tuning": tuning, "stages": stages, "claims": claims}
 
 
 def _plain(scores: Mapping[float, float]) -> dict[str, float | None]:

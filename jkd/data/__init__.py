@@ -22,6 +22,7 @@ from jkd.data.dataset import from_arrays as from_arrays
 from jkd.data.hierarchy import Hierarchy as Hierarchy
 from jkd.data.hierarchy import make_hierarchy as make_hierarchy
 from jkd.data.idx import read_idx as read_idx
+from jkd.data.jitter import color_jitter as color_jitter
 from jkd.data.policies import apply_operations as apply_operations
 from jkd.data.policies import auto_augment as auto_augment
 from jkd.data.policies import rand_augment as rand_augment
@@ -31,3 +32,7 @@ from jkd.data.source import MemorySource as MemorySource
 from jkd.data.source import Source as Source
 from jkd.data.source import StreamSource as StreamSource
 from jkd.data.source import source as source
+from jkd.data.warp import random_resized_crop as random_resized_crop
+from jkd.data.warp import random_rotation as random_rotation
+from jkd.data.warp import resize as resize
+from jkd.data.warp import rotated as rotated

@@ -54,7 +54,7 @@ MISTAKES = [
     ("eval_epochs=-1", "error: eval_epochs must be finite and >= 0, got -1.0."),
     ("data.std=0", "data.std must be finite and > 0, got (0.0,)."),
     ("data.weak.shift=-1", "data.weak.shift must be >= 0 pixels, got -1."),
-    ("data.pad_crop=-1", "data.pad_crop must be >= 0 pixels, got -1."),
+    ("data.weak.pad_crop=-1", "data.weak.pad_crop must be >= 0 pixels, got -1."),
     ("data.train_split=train[500:100]", "The split 'train[500:100]' has an empty slice"),
     ("method=cli", "There is no method 'cli': experiments/cli.py has no stages(config)."),
     ("only=((", "Config field 'only' takes tuple values like (), got '(('."),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers_experiments import SMOKE, SMOKE_ARMS, published, run
 
-from experiments import cli, energy_kd
+from experiments import arms, cli, energy_kd
 from experiments.distillation_setup import Setup, bank_view
 from jkd import data, nn
 from jkd import train as jkd_train
@@ -137,7 +137,7 @@ def built():
 )
 def test_every_variant_builds_its_stages(built, variant, model, classes, seeds, looped, steps):
     config, stages = built[variant]
-    energy_kd.check(config)
+    arms.check(config)
     more = ["dkd_long", "energy_dkd_long", "energy_kd_reversed_long"] if variant.startswith("cifar") else []
     assert list(stages) == ["teacher", *sorted([*SMOKE_ARMS, "dkd", "energy_kd_long", "kd_cutmix", "kd_long", *more])]
     assert {(stage.members, stage.looped) for stage in stages.values()} == {(seeds, looped)}

@@ -136,6 +136,22 @@ def test_a_study_without_rates_is_one_run_of_all_arms():
     assert [claim["verdict"] for claim in found["claims"]] == [studies.HOLDS]
 
 
+def test_claims_about_what_is_made_of_the_final_runs():
+    def derived(stages):
+        return {"both": {"metrics": {"sum": np.add(*(stages[name]["metrics"]["test/top1"] for name in both))}}}
+
+    def run(cell, overrides):
+        return {"workdir": "", "stages": given[cell.startswith("final")]}
+
+    both = ("ours", "theirs")
+    given = {False: tuned(ours=[1.0], theirs=[1.0]), True: arms(ours=52 + SPREAD, theirs=[50.0] * 3)}
+    claim = studies.Claim("both make a hundred", value=("both", "sum"), inside=(101, 103))
+    study = dataclasses.replace(STUDY, claims=[claim], derived=derived)
+    found = studies.run_study(study, run, [], list(both))
+    assert [row["verdict"] for row in found["claims"]] == [studies.HOLDS]
+    assert list(found["stages"]) == ["ours", "theirs", "both"]
+
+
 def test_an_interaction_is_a_difference_of_differences():
     claim = studies.Claim("more for a", better=["a_mix", "b"], worse=["a", "b_mix"])
     stages = arms(a=50 + SPREAD, a_mix=53 + SPREAD, b=[60.0] * 3, b_mix=61 + SPREAD)
