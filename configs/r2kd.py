@@ -1,4 +1,4 @@
-"""R2KD (robust KD by correlation): cosine and rank distances to a teacher mixed with a pruned copy of itself.
+"""R2KD (Kim et al., IEEE TKDE 2024): cosine and rank distances to a teacher mixed with a pruned copy of itself.
 
     python -m experiments.train --config configs/r2kd.py --workdir runs/r2kd
 

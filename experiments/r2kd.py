@@ -1,5 +1,6 @@
 """R2KD: a correlation distance, and a teacher mixed with a pruned copy of itself, meant to be robust to augmentation.
 
+Kim et al., Robustness-Reinforced Knowledge Distillation with Correlation Distance and Network Pruning, IEEE TKDE 2024.
 The arms are made of the terms "value" (cosines of probabilities, for each example and for each class over the batch)
 and "rank" (rank correlation; with hard ranks it has no gradient, which is what the published code does).
 """
