@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
 import statistics
 import time
@@ -138,7 +139,7 @@ def peers(task: Task, device: str, narrow: bool) -> list[Variant]:
     """The same steps in PyTorch, eager and compiled, channels last, weights and optimizer fused as far as it goes."""
     import torch
 
-    from benchmarks import torch_peer
+    from benchmarks import _torch_peer as torch_peer
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.backends.cudnn.benchmark = True
@@ -234,7 +235,9 @@ def main() -> None:
     print(f"jax {jax.__version__}, {device.device_kind}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     task = make_task(args.teacher, args.student, args.batch, args.precision)
     variants = our_variants(task, seeds)
-    if not args.no_peer:
+    if not args.no_peer and importlib.util.find_spec("torch") is None:
+        print("without PyTorch, which is not installed: pip install torch")
+    elif not args.no_peer:
         variants += peers(task, "cpu" if cpu else "cuda", args.precision == "bfloat16")
     check(variants, AGREE[args.precision])
     measure(variants, args.repeats, args.steps or (1 if cpu else 20))
