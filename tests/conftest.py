@@ -49,9 +49,14 @@ LONGEST_FIRST = (
     "test_processes",
     "test_notebooks",
     "test_energy_kd",
+    "test_distillation_arms",
     "test_resume",
-    "test_cli",
+    "test_execution",
+    "test_warm_starts",
     "test_launch",
+    "test_kd_fidelity",
+    "test_label_smoothing_kd",
+    "test_remote",
 )
 
 

@@ -32,7 +32,10 @@ def values(student, teacher, labels):
     for loss in LOSSES.values():
         parameters = inspect.signature(loss).parameters.values()
         needed = [p.name for p in parameters if p.default is p.empty]
-        found.append(loss(**{name: known[GIVEN.get(name, name)] for name in needed}))
+        given = {name: known[GIVEN.get(name, name)] for name in needed}
+        if loss is distill.ensemble_kd_loss:
+            given["teacher_logits"] = jnp.stack([teacher, -teacher])
+        found.append(loss(**given))
     return jnp.stack(found)
 
 

@@ -53,8 +53,8 @@ MISTAKES = [
     ("precision=float64", "precision=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1."),
     ("eval_epochs=-1", "error: eval_epochs must be finite and >= 0, got -1.0."),
     ("data.std=0", "data.std must be finite and > 0, got (0.0,)."),
-    ("data.weak.shift=-1", "data.weak.shift must be >= 0 pixels, got -1."),
-    ("data.weak.pad_crop=-1", "data.weak.pad_crop must be >= 0 pixels, got -1."),
+    ("data.weak.shift=-1", "data.weak.shift must be >= 0, got -1."),
+    ("data.weak.pad_crop=-1", "data.weak.pad_crop must be >= 0, got -1."),
     ("data.train_split=train[500:100]", "The split 'train[500:100]' has an empty slice"),
     ("method=cli", "There is no method 'cli': experiments/cli.py has no stages(config)."),
     ("only=((", "Config field 'only' takes tuple values like (), got '(('."),
@@ -215,7 +215,7 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"python -m experiments.{command} " in out
-    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce", "export", "sweep"))
+    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce", "export", "sweep", "projection"))
     assert "--config.NAME=VALUE" in out
 
 

@@ -85,14 +85,15 @@ def test_sigterm_saves_and_says_how_to_resume(uninterrupted, tmp_path):
     same(toys.final(whole, "student"), toys.final(tmp_path / "run", "student"))
 
 
+@pytest.mark.skipif(not os.environ.get("JKD_ALL_FAULTS"), reason="takes minutes: JKD_ALL_FAULTS=1")
 def test_randomly_killed_runs_end_bit_identical():
     """A few kills over three stages; `random_kills.py --kills 60` is the whole of it."""
     script = pathlib.Path(toys.__file__).with_name("random_kills.py")
-    command = [sys.executable, str(script), "--kills", "2", "--seed", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
+    command = [sys.executable, str(script), "--kills", "10", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["kills"] == found["identical"] >= 2
+    assert found["kills"] == found["identical"] >= 10
 
 
 # --- damage on disk: in one process, the interruption is an exception ---
