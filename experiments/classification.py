@@ -17,6 +17,13 @@ from jkd.errors import UserError, unknown
 
 SPLIT_SEEDS = 2**31 - 1
 SCHEDULES = ("cosine", "steps")
+# Published augmentation policies for color images, by name.
+POLICIES: dict[str, Any] = {
+    "none": None,
+    "randaugment": data.rand_augment,
+    "autoaugment_cifar10": functools.partial(data.auto_augment, policy="cifar10"),
+    "autoaugment_imagenet": functools.partial(data.auto_augment, policy="imagenet"),
+}
 PRECISIONS = ("float32", "bfloat16", "float64")
 
 
@@ -59,7 +66,7 @@ class Task:
             rows["validation"] = validation.indices
         chosen = rest.split(c.train_examples, seed=seed)[0] if c.train_examples else rest
         rows["train"] = chosen.long_tail(c.imbalance, seed=seed).indices if c.imbalance != 1 else chosen.indices
-        rows["test"] = self.test.indices
+        rows["test"] = np.arange(len(self.test))
         return {name: np.asarray(index, np.int32) for name, index in rows.items()}
 
     @functools.cached_property
@@ -77,10 +84,18 @@ class Task:
         whole = self.test if name == "test" else self.pool
         return data.source(whole.subset(np.asarray(consts["rows"][name])), batch_size, seed=None, **self.loader)
 
-    def draw(self, key: jax.Array) -> dict[str, Any]:
-        """The consts that `source` and `part` need, drawn from a stage's prepare key."""
+    def draw(self, key: jax.Array, replica: int = 0) -> dict[str, Any]:
+        """The consts that `source` and `part` need, drawn from a stage's prepare key.
+
+        Another `replica` reads the same rows in another order.
+        """
         split, order = jax.random.split(key)
-        return {"rows": self.split(split), "order": jax.random.randint(order, (), 0, SPLIT_SEEDS)}
+        return {"rows": self.split(split), "order": jax.random.randint(replica_key(order, replica), (), 0, SPLIT_SEEDS)}
+
+
+def replica_key(key: jax.Array, replica: int) -> jax.Array:
+    """The key of one of several equal stages that should differ; the first keeps `key`."""
+    return jax.random.fold_in(key, replica) if replica else key
 
 
 def load_task(config: ConfigDict) -> Task:
@@ -95,7 +110,8 @@ def load_task(config: ConfigDict) -> Task:
         make = functools.partial(data.blank, shape=shape, num_classes=classes, name=c.name)
         return Task(c, make(c.num_examples), make(max(c.num_examples // 10, config.eval_batch_size)), loader)
     load = functools.partial(data.load, c.name, data_dir=c.data_dir or None, image_size=c.image_size or None)
-    task = Task(c, load(c.train_split), load(c.test_split), loader)
+    test = load(c.test_split)
+    task = Task(c, load(c.train_split), test.per_class(c.test_per_class) if c.test_per_class else test, loader)
     _check_sizes(config, len(task.pool))
     for name in ("mean", "std"):
         if len(c[name]) not in (1, task.shape[-1]):
@@ -126,11 +142,15 @@ def _check_sizes(config: ConfigDict, rows: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Images as a model sees them: augmented for training, plain for evaluation; float32, normalized."""
+    """Images as a model sees them: augmented for training, plain for evaluation; float32, normalized.
+
+    `size` is the side that images are resized to, 0 for their own.
+    """
 
     augment: Callable
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    size: int = 0
 
     def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """A random view of every image."""
@@ -138,30 +158,58 @@ class Views:
 
     def plain(self, images: jax.Array) -> jax.Array:
         """The images themselves."""
-        return data.normalize(images, self.mean, self.std)
+        return data.normalize(data.resize(images, self.size) if self.size else images, self.mean, self.std)
 
 
-def make_views(config: ConfigDict) -> Views:
-    """The views of a config's `data` section: shift, pad_crop and flip, in this order.
+def make_views(config: ConfigDict) -> dict[str, Views]:
+    """The "weak" and the "strong" views of a config's `data` section, each with its steps in the order of its fields.
 
     Raises:
-      UserError: for a negative shift or padding, or a `std` that is not positive.
+      UserError: for a negative size, an unknown policy, or a `std` that is not positive.
     """
     c = config.data
-    for name in ("shift", "pad_crop"):
-        if c[name] < 0:
-            raise UserError(f"data.{name} must be >= 0 pixels, got {c[name]}.")
     for name, least in (("mean", -math.inf), ("std", 0.0)):
         if not all(math.isfinite(value) and value > least for value in c[name]):
             raise UserError(f"data.{name} must be finite{' and > 0' if name == 'std' else ''}, got {c[name]}.")
+    if c.resize < 0:
+        raise UserError(f"data.resize must be >= 0 pixels, got {c.resize}.")
+    numbers = (tuple(c.mean), tuple(c.std), c.resize)
+    return {name: Views(augmentation(c[name], f"data.{name}", c.resize), *numbers) for name in ("weak", "strong")}
+
+
+def augmentation(section: ConfigDict, field: str, size: int = 0) -> Callable:
+    """The steps of one section, composed in the order of its fields.
+
+    The first is a random crop or else a resizing, to `size`; a crop keeps the images' own size where that is 0.
+    """
+    for name in ("shift", "pad_crop", "cutout", "rotation"):
+        if section[name] < 0:
+            raise UserError(f"{field}.{name} must be >= 0, got {section[name]}.")
+    for name in ("crop", "jitter"):
+        if not 0 <= section[name] <= 1:
+            raise UserError(f"{field}.{name} must lie in [0, 1], got {section[name]}.")
+    if section.policy not in POLICIES:
+        raise unknown(f"{field}.policy", section.policy, tuple(POLICIES))
     steps: list[Callable] = []
-    if c.shift:
-        steps.append(functools.partial(data.shift, max_shift=c.shift))
-    if c.pad_crop:
-        steps.append(functools.partial(data.pad_crop, padding=c.pad_crop))
-    if c.flip:
+    if section.crop:
+        steps.append(lambda key, images: data.random_resized_crop(key, images, size or images.shape[1], section.crop))
+    elif size:
+        steps.append(lambda key, images: data.resize(images, size))
+    if section.shift:
+        steps.append(functools.partial(data.shift, max_shift=section.shift))
+    if section.pad_crop:
+        steps.append(functools.partial(data.pad_crop, padding=section.pad_crop))
+    if section.flip:
         steps.append(data.flip)
-    return Views(data.compose(*steps) if steps else lambda key, images: images, tuple(c.mean), tuple(c.std))
+    if section.rotation:
+        steps.append(functools.partial(data.random_rotation, degrees=section.rotation))
+    if section.jitter:
+        steps.append(functools.partial(data.color_jitter, strength=section.jitter))
+    if section.policy != "none":
+        steps.append(POLICIES[section.policy])
+    if section.cutout:
+        steps.append(functools.partial(data.cutout, size=section.cutout))
+    return data.compose(*steps) if steps else lambda key, images: images
 
 
 def build_model(config: ConfigDict, task: Task, precision: str) -> Any:
@@ -215,11 +263,13 @@ class Predictor:
       fn: the call, for one member; its rows are "logits", "probabilities" and "pool".
       shape: of one image.
       variables: the shapes and dtypes of what the stage must have published.
+      model: what they are the variables of.
     """
 
     fn: Callable[[Any, jax.Array], dict[str, jax.Array]]
     shape: tuple[int, int, int]
     variables: Any
+    model: Any
 
     def __call__(self, published: Any, images: jax.Array) -> dict[str, jax.Array]:
         """Rows for the images."""
@@ -246,7 +296,7 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
         }
 
     variables = jax.eval_shape(lambda: nn.init(model, jax.random.key(0), task.shape))
-    return Predictor(predict, task.shape, variables)
+    return Predictor(predict, task.shape, variables, model)
 
 
 def check_schedule(section: ConfigDict, name: str, milestones: str, epochs: tuple) -> None:
@@ -269,24 +319,36 @@ def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonne
 def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
     """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
 
-    `milestones` are epochs: the rate drops tenfold after each of them.
+    `milestones` are epochs: the rate drops tenfold after each of them. In the first `warmup_epochs` it is scaled by
+    (t + 1) / (their steps).
 
     Raises:
       UserError: for another schedule; `check_schedule` says so with the name of the section.
     """
     if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(lr, num_steps)
+        shape = optax.cosine_decay_schedule(1.0, num_steps)
     elif config.schedule == "steps":
         drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
-        schedule = optax.piecewise_constant_schedule(lr, drops)
+        shape = optax.piecewise_constant_schedule(1.0, drops)
     else:
         raise unknown("schedule", config.schedule, SCHEDULES)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, config.momentum))
+    rising = round(config.warmup_epochs * steps_per_epoch)
+
+    def descent(t: Any) -> Any:
+        return -shape(t) * (jnp.minimum((t + 1) / rising, 1.0) if rising else 1.0)
+
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.trace(config.momentum),
+        optax.scale_by_schedule(descent),
+        # The rate is part of the state: one compiled step serves all that are tried.
+        optax.inject_hyperparams(optax.scale)(step_size=lr),
+    )
 
 
-def steps_of(config: ConfigDict, task: Task, epochs: float) -> tuple[int, float]:
-    """The number of steps in so many epochs, and the steps in one."""
-    per_epoch = task.sizes["train"] / config.batch_size
+def steps_of(config: ConfigDict, task: Task, epochs: float, batch_size: int = 0) -> tuple[int, float]:
+    """The number of steps in so many epochs, and the steps in one; of the config's batch size by default."""
+    per_epoch = task.sizes["train"] / (batch_size or config.batch_size)
     return max(1, round(epochs * per_epoch)), per_epoch
 
 

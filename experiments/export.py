@@ -7,6 +7,8 @@ stablehlo: a program uint8[b, height, width, channels] -> {"logits", "probabilit
     with normalization and parameters inside. It needs jax and flatbuffers: see jkd/interop/stablehlo.py.
 safetensors: the variables by path (params/head/kernel) of one seed, or of all with a leading axis (--seed all).
     A later run starts from it by --config.student.init_from=kd.safetensors.
+torch: the variables of one seed under PyTorch's names and layouts, as .safetensors: `load_state_dict(load_file(..))`.
+    --style says whose names, such as torchvision or mdistiller: see jkd/interop/torch_names.py.
 
 --config.NAME=VALUE sets mesh.*, loop.*, data.data_dir and data.blank only. Where the data set of the run is not on this
 machine, --config.data.blank=True takes the images' shape from the run's config instead.
@@ -21,11 +23,11 @@ from etils import epath
 from experiments import cli
 from jkd import train
 from jkd.errors import UserError
-from jkd.interop import safetensors, stablehlo
+from jkd.interop import safetensors, stablehlo, torch
 from jkd.train.ensemble import member
 from jkd.train.log import console
 
-FORMATS = ("stablehlo", "safetensors")
+FORMATS = ("stablehlo", "safetensors", "torch")
 TOLERANCE = 1e-4  # of the largest output: another program may round otherwise
 IMAGES = 4
 
@@ -38,13 +40,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="a new file")
     parser.add_argument("--seed", default="0", metavar="K", help="of an ensemble: 0, 1, ..; or all (safetensors)")
     parser.add_argument("--platforms", help="of a program, by default cpu,cuda,tpu; rocm too", metavar="NAME,..")
+    parser.add_argument("--style", metavar="NAME", help="of torch: torchvision, timm, mdistiller, ...")
     args, overrides = cli.parse(parser, argv)
     config = cli.load_run(args.workdir, overrides, ("data.blank",))
     output = cli.new_file(args.output)
     if args.platforms and args.format != "stablehlo":
         raise UserError("--platforms is for programs: --format stablehlo.")
+    if args.style and args.format != "torch":
+        raise UserError("--style is for PyTorch's names: --format torch.")
+    if args.format == "torch" and output.suffix != ".safetensors":
+        raise UserError(f"--format torch writes a .safetensors file: --output must end so, got {args.output!r}.")
     platforms = tuple((args.platforms or ",".join(stablehlo.DEFAULT_PLATFORMS)).split(","))
-    says = export(config, args.workdir, args.stage, args.format, output, args.seed, platforms)
+    says = export(config, args.workdir, args.stage, args.format, output, args.seed, platforms, args.style)
     size = f"{output.stat().length:,} bytes"
     console.print(f"Wrote {args.stage} of {args.workdir} to {output}, {size}; {says}.", soft_wrap=True)
 
@@ -57,6 +64,7 @@ def export(
     output: epath.Path,
     seed: str = "0",
     platforms: tuple[str, ...] = stablehlo.DEFAULT_PLATFORMS,
+    style: str | None = None,
 ) -> str:
     """Writes and checks one file; what the check found, in words.
 
@@ -75,6 +83,11 @@ def export(
         safetensors.save_safetensors(output, chosen, about)
         stored = safetensors.load_safetensors(output)[0]
         found = classify(member(stored, 0) if metadata else stored, images)
+    elif kind == "torch":
+        about = {"method": str(config.method), "stage": stage}
+        torch.save_torch(output, predictor.model, chosen, style=style, metadata=about)
+        weights = torch.read_state_dict(output)
+        found = classify(torch.from_torch(predictor.model, weights, image_shape=predictor.shape, style=style), images)
     else:
         program = stablehlo.export_predictor(predictor, chosen, predictor.shape, platforms=platforms)
         stablehlo.save_stablehlo(output, program)
@@ -94,7 +107,7 @@ def select(outcome: train.Outcome, seed: str, kind: str) -> tuple[Any, dict[str,
     published = jax.device_get(outcome.published)
     if seed == "all":
         if kind != "safetensors":
-            raise UserError("--seed all is for --format safetensors; a program is of one seed: --seed 0.")
+            raise UserError("--seed all is for --format safetensors; other files are of one seed: --seed 0.")
         return published, {"members": str(outcome.members)} if outcome.members else {}
     count = max(outcome.members, 1)
     if seed not in map(str, range(count)):

@@ -48,6 +48,8 @@ def _study(name: str, study: Mapping[str, Any]) -> str:
     if "not_run" in study:
         return f"{head}<p class='open'>Not run: {_text(study['not_run'])}</p>"
     rows = report.summarize(study["stages"], baseline="kd")[TEST]
+    if not study["rates"]:
+        head += "<p>Nothing was tuned: every arm has the learning rate of the config.</p>"
     image = base64.b64encode(report.plot(rows, TEST, name)).decode()
     claims = "".join(_claim(claim) for claim in study["claims"])
     headings = "".join(f"<th>{column}</th>" for column in COLUMNS)

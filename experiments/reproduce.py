@@ -7,6 +7,7 @@ Writes OUT/results.json and OUT/report.html. --config.NAME=VALUE changes a field
 does all the work, on all of its devices.
 """
 
+import hashlib
 import importlib
 import json
 import time
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from experiments import cli, html, train
 from experiments.studies import Study, run_study
@@ -22,7 +24,7 @@ from jkd.train import Preempted, forget_programs
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import check_writable, folder_of, write_text
 
-METHODS = ("energy_kd",)
+METHODS = ("kd_fidelity", "label_smoothing_kd", "energy_kd", "cosine_kd", "r2kd")
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
 
 
@@ -62,7 +64,7 @@ def check(methods: Any, overrides: Mapping[str, Any]) -> None:
             config = cli.load_config(study.config, overrides)
             if config.seeds < 2:
                 raise UserError(f"seeds={config.seeds}: differences between arms need at least 2 paired seeds.")
-            if config.data.validation_examples < 1:
+            if study.rates and config.data.validation_examples < 1:
                 raise UserError("data.validation_examples=0: the arms' learning rates are tuned on validation rows.")
 
 
@@ -116,25 +118,46 @@ def _study(
     method: str, study: Study, out: epath.Path, deadline: float | None, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
     def run(cell: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        workdir = out / "cells" / method / study.name / cell
+        config = cell_config(cli.load_config(study.config, {**overrides, **changes}))
+        workdir = out / "cells" / f"{cell}-{identity(config)}"
         finished = workdir / "results.json"
         if not finished.exists() and deadline is not None and time.monotonic() > deadline:
             raise OutOfTimeError(f"stopped by --budget before cell {cell}; run the same command again to go on")
-        config = cli.load_config(study.config, {**overrides, **changes})
         console.print(f"[bold]{method}/{study.name}/{cell}[/bold]")
+        if finished.exists():
+            return {"workdir": str(workdir), **json.loads(finished.read_text())}
         try:
             return {"workdir": str(workdir), **train.run(config, str(workdir), show=False)}
         finally:
             forget_programs()  # of hundreds of cells, one process could not keep them all
 
     try:
-        arms = list(cli.load_config(study.config, overrides).arms)
-        return run_study(study, run, arms)
+        config = cli.load_config(study.config, overrides)
+        arms = [name for name in config.arms if name in (study.arms or config.arms)]
+        return run_study(study, run, list(config.teachers), arms)
     except Preempted:
         raise
     except UserError as error:
         console.print(f"{method}/{study.name}: {error}", soft_wrap=True)
         return {"config": study.config, "not_run": str(error)}
+
+
+def cell_config(config: ConfigDict) -> ConfigDict:
+    """The config of a cell without what it does not use: equal cells of two methods are then one.
+
+    The method is the module that makes its stages; arms and teachers that do not run are left out.
+    """
+    config.method = cli.experiment(config).stages.__module__.rpartition(".")[2]
+    used = {name for arm in config.only if arm in config.arms for name in config.arms[arm].teachers}
+    for section, names in (("arms", config.only), ("teachers", {*config.only, *used})):
+        config[section] = ConfigDict({name: one for name, one in config[section].items() if name in names})
+    return config
+
+
+def identity(config: ConfigDict) -> str:
+    """Eight digits that stand for what a cell computes."""
+    fields = config.to_dict() | {"loop": None, "mesh": None, "data": config.data.to_dict() | {"data_dir": None}}
+    return hashlib.sha256(json.dumps(jsonable(fields), sort_keys=True).encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":

@@ -10,31 +10,37 @@ from ml_collections import ConfigDict
 from experiments import classification as cls
 from jkd import train
 from jkd.errors import UserError
+from jkd.interop import torch
 from jkd.interop.safetensors import load_safetensors
 from jkd.train.ensemble import member
 
-FILE = ".safetensors"
+FILES = (".safetensors", *torch.PICKLES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a model is: in a finished stage of the run in `place`, or, without a stage, in the file `place`."""
+    """Where a model is: in a finished stage of the run in `place`, or, without a stage, in the file `place`.
+
+    A file under PyTorch's names is read as `model` for images of `shape`, with as many classes as the file has.
+    """
 
     place: str
     stage: str = ""
+    model: Any = None
+    shape: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls_, spec: str, field: str) -> "Stored":
-        """`WORKDIR:STAGE`, or a .safetensors file.
+        """`WORKDIR:STAGE`, or a file of weights.
 
         Raises:
           UserError: for anything else, naming the config's `field`.
         """
-        if spec.endswith(FILE):
+        if spec.endswith(FILES):
             return cls_(spec)
         place, _, stage = spec.rpartition(":")
         if not place or not stage or stage.startswith("/"):
-            raise UserError(f"{field} must be WORKDIR:STAGE or a {FILE} file, got {spec!r}.")
+            raise UserError(f"{field} must be WORKDIR:STAGE or a {', '.join(FILES)} file, got {spec!r}.")
         return cls_(place, stage)
 
     def __str__(self) -> str:
@@ -55,9 +61,21 @@ class Stored:
         if self.stage:
             outcome = train.load_outcome(self.place, self.stage)
         else:
-            tree, metadata = load_safetensors(self.place)
-            outcome = train.Outcome(tree, {}, {}, {}, int(metadata.get("members", 0)))
+            outcome = self._file()
         return dataclasses.replace(member(outcome, 0), members=0) if outcome.members == 1 else outcome
+
+    def _file(self) -> train.Outcome:
+        if not self.place.endswith(torch.PICKLES):
+            tree, metadata = load_safetensors(self.place)
+            if self.model is None or any(isinstance(leaf, dict) for leaf in tree.values()):
+                return train.Outcome(tree, {}, {}, {}, int(metadata.get("members", 0)))
+        weights = torch.read_state_dict(self.place)
+        classes = torch.num_classes(self.model, weights) or self.model.num_classes
+        try:
+            tree = torch.from_torch(self.model.clone(num_classes=classes), weights, image_shape=self.shape)
+        except UserError as error:
+            raise UserError(f"{self.place}: {error}") from error
+        return train.Outcome(tree, {}, {}, {}, 0)
 
 
 def one_of(outcome: train.Outcome) -> Any:

@@ -15,6 +15,9 @@ ALONE = " before correction"  # after HOLDS or REVERSED: not after Holm's, for t
 LEVEL = 0.05
 
 
+Of = str | tuple[str, str] | list
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """One statement of a paper, and how it is tested.
@@ -23,7 +26,8 @@ class Claim:
       text: the statement.
       paper: what the paper reports, or "" where it gives no figure.
       better: the arm that is said to be better; with `worse`, tested by the paired difference over seeds. An arm
-        stands for its test accuracy; any other metric is written `(stage, metric)`.
+        stands for its test accuracy; any other metric is written `(stage, metric)`; a list stands for their sum, so
+        that an interaction, (a - b) - (c - d), is better=[a, d], worse=[b, c].
       worse: the arm that is said to be worse.
       margin: percentage points by which `better` may fall behind and still count (a claim of "not worse").
       value: `(stage, metric)`: tested by the metric's mean over seeds instead ...
@@ -32,8 +36,8 @@ class Claim:
 
     text: str
     paper: str = ""
-    better: str | tuple[str, str] = ""
-    worse: str | tuple[str, str] = ""
+    better: "Of" = ""
+    worse: "Of" = ""
     margin: float = 0.0
     value: tuple[str, str] | None = None
     inside: tuple[float, float] = (-np.inf, np.inf)
@@ -47,9 +51,12 @@ class Study:
       name: of its folder and headings.
       config: `configs/<method>.py[:variant]`.
       rates: the learning rates that each arm is tuned over, on the validation rows of `tuning_seeds` seeds that
-        the final runs do not use.
+        the final runs do not use. Empty: nothing is tuned, and all arms run together at the rates of the config.
       tuning_seeds: how many.
       claims: what is tested.
+      arms: of the config that take part; empty: all.
+      derived: `derived(stages) -> stages`: made of the final ones, with metrics of the same seeds, for claims about
+        several arms at once; they are reported beside the others.
     """
 
     name: str
@@ -57,6 +64,8 @@ class Study:
     rates: Sequence[float]
     tuning_seeds: int
     claims: Sequence[Claim]
+    arms: Sequence[str] = ()
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stages: {}
 
 
 TUNE, TEST = "validation/top1", "test/top1"
@@ -85,12 +94,16 @@ def judge(claim: Claim, stages: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "test": test, **numbers, "p_value": float(pair.p_value), "seeds": int(pair.n), "verdict": verdict}
 
 
-def _values(of: str | tuple[str, str], stages: Mapping[str, Any]) -> np.ndarray:
+def _values(of: Of, stages: Mapping[str, Any]) -> np.ndarray:
+    if isinstance(of, list):
+        return np.sum([_values(one, stages) for one in of], axis=0)
     stage, metric = (of, TEST) if isinstance(of, str) else of
     return np.atleast_1d(np.asarray(stages[stage]["metrics"][metric], float))
 
 
-def _shown(of: str | tuple[str, str]) -> str:
+def _shown(of: Of) -> str:
+    if isinstance(of, list):
+        return f"({' + '.join(_shown(one) for one in of)})"
     return of if isinstance(of, str) else " ".join(of)
 
 
@@ -106,18 +119,25 @@ def best_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
     return {arm: max(sorted(of), key=lambda rate: of[rate]) for arm, of in scores.items()}
 
 
-def run_study(study: Study, run: Callable[[str, Mapping[str, Any]], dict[str, Any]], arms: Sequence[str]) -> dict:
+def run_study(
+    study: Study,
+    run: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+    teachers: Sequence[str],
+    arms: Sequence[str],
+) -> dict[str, Any]:
     """Runs the cells of a study through `run(cell name, overrides) -> results`, and judges its claims.
 
-    Cells: a teacher for tuning and one for the final runs, every arm at every rate on the tuning seeds, the tuned arms
-    on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and the rates
-    are chosen by validation rows: no test row decides anything.
+    Cells: the teachers for tuning and those for the final runs, every arm at every rate on the tuning seeds, every
+    tuned arm on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and
+    the rates are chosen by validation rows: no test row decides anything. Without rates there is one cell.
     """
+    if not study.rates:
+        return _judged(study, run("whole", {"only": (*teachers, *arms)})["stages"], {}, {})
     tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
-    teacher = run("tuning-teacher", {**tuning, "only": ("teacher",)})
+    taught = run("tuning-teachers", {**tuning, "only": tuple(teachers)})
 
     def score(arm: str, rate: float) -> float:
-        changes = {**tuning, "only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": teacher["workdir"]}
+        changes = {**tuning, "only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": taught["workdir"]}
         try:
             stages = run(f"tuning-{arm}-{rate:g}", changes)["stages"]
         except NonFiniteError:  # this arm diverges at this rate: a result like any other
@@ -126,17 +146,18 @@ def run_study(study: Study, run: Callable[[str, Mapping[str, Any]], dict[str, An
 
     scores = {arm: {rate: score(arm, rate) for rate in study.rates} for arm in arms}
     chosen = best_rates(scores)
-    teacher = run("teacher", {"only": ("teacher",)})
-    rates = {f"arms.{arm}.lr": rate for arm, rate in chosen.items()}
-    final = run("final", {**rates, "only": tuple(arms), "teacher.workdir": teacher["workdir"]})
-    stages = {**final["stages"], "teacher": teacher["stages"]["teacher"]}
-    return {
-        "config": study.config,
-        "rates": chosen,
-        "tuning": {arm: _plain(of) for arm, of in scores.items()},
-        "stages": stages,
-        "claims": judge_all(study.claims, stages),
-    }
+    found = run("teachers", {"only": tuple(teachers)})
+    stages = {name: found["stages"][name] for name in teachers}
+    for arm, rate in chosen.items():
+        changes = {"only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": found["workdir"]}
+        stages[arm] = run(f"final-{arm}", changes)["stages"][arm]
+    return _judged(study, stages, chosen, {arm: _plain(of) for arm, of in scores.items()})
+
+
+def _judged(study: Study, stages: Mapping[str, Any], rates: Mapping[str, float], tuning: Mapping) -> dict[str, Any]:
+    stages = {**stages, **study.derived(stages)}
+    claims = judge_all(study.claims, stages)
+    return {"config": study.config, "rates": rates, "tuning": tuning, "stages": stages, "claims": claims}
 
 
 def _plain(scores: Mapping[float, float]) -> dict[str, float | None]:

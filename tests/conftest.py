@@ -49,9 +49,14 @@ LONGEST_FIRST = (
     "test_processes",
     "test_notebooks",
     "test_energy_kd",
+    "test_distillation_arms",
     "test_resume",
-    "test_cli",
+    "test_execution",
+    "test_warm_starts",
     "test_launch",
+    "test_kd_fidelity",
+    "test_label_smoothing_kd",
+    "test_remote",
 )
 
 
@@ -59,6 +64,14 @@ def pytest_collection_modifyitems(items):
     """Workers take whole files in this order: the longest must not begin last, nor two that wait for each other."""
     order = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture
+def unchecked():
+    """Shape annotations off: what a user without the test hook meets is the library's own error."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -31,6 +31,19 @@ def test_precisions_are_compared_seed_by_seed(tmp_path):
     assert cells[-1] == ["2", "2"]
 
 
+def test_steps_of_distillation_agree_and_are_timed(capsys):
+    bench = load("distill_step")
+    task = bench.make_task("cnn", "cnn", batch=2, precision="float32")
+    variants = bench.our_variants(task, seeds=0)
+    bench.check(variants, bench.AGREE["float32"])
+    bench.measure(variants, repeats=2, steps=1)
+    assert all(len(v.times) == len(v.cpu) == 2 and len(v.losses) == bench.FIRST for v in variants)
+    live, cached = (v.flops for v in variants if v.flops)
+    assert live > cached > 0
+    bench.report(variants, batch=2, peak=1e9)
+    assert "jkd, direct, cached" in capsys.readouterr().out
+
+
 def test_all_are_known_here():
-    known = {"loop_overhead.py", "precision.py"}
+    known = {"_torch_peer.py", "distill_step.py", "loop_overhead.py", "precision.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == known, "a new benchmark needs a test"

@@ -1,5 +1,29 @@
 """Knowledge distillation: losses, temperatures and what surrounds them."""
 
+from jkd.distill.correlation import (
+    R2KDTerms,
+    correlation_loss,
+    correlation_value_loss,
+    keep_most_uncertain,
+    mix_teacher_logits,
+    r2kd_loss,
+    r2kd_terms,
+    rank_correlation,
+    spearman_loss,
+)
+from jkd.distill.cosine import CSKDTerms, batch_cosine_loss, class_cosine, cskd_loss, cskd_terms, cswt_temperature
+from jkd.distill.diffusion import (
+    ClassCentroids,
+    ClassSums,
+    DiffusionIndex,
+    centroid_distances,
+    centroids_from_sums,
+    class_centroids,
+    class_sums,
+    diffusion_index,
+    similar_class_mask,
+    superclass_mask,
+)
 from jkd.distill.energy import (
     EnergyDKDTerms,
     EnergyKDTerms,
@@ -19,21 +43,55 @@ from jkd.distill.high_energy import (
     high_energy_partners,
     select_high_energy,
 )
-from jkd.distill.losses import (
-    DKDTerms,
-    cross_entropy,
-    dkd_loss,
-    dkd_terms,
-    kd_loss,
+from jkd.distill.losses import DKDTerms, cross_entropy, dkd_loss, dkd_terms, kd_loss
+from jkd.distill.projection import HeadPlane, head_plane, head_plane_basis, project_and_pca
+from jkd.distill.smoothing import optimal_gap, smooth_labels
+from jkd.distill.teachers import (
+    EnsembleKDTerms,
+    ensemble_kd_loss,
+    ensemble_kd_terms,
+    over_teachers,
+    teacher_mean_logits,
+)
+from jkd.distill.two_view import (
+    CSKDTwoViewTerms,
+    batch_correlation_loss,
+    class_correlation_loss,
+    cskd_two_view_loss,
+    cskd_two_view_terms,
 )
 
 __all__ = [
+    "CSKDTerms",
+    "CSKDTwoViewTerms",
+    "ClassCentroids",
+    "ClassSums",
     "DKDTerms",
+    "DiffusionIndex",
     "EnergyDKDTerms",
     "EnergyKDTerms",
     "EnergyThresholds",
+    "EnsembleKDTerms",
+    "HeadPlane",
     "HighEnergySelection",
+    "R2KDTerms",
+    "batch_correlation_loss",
+    "batch_cosine_loss",
+    "centroid_distances",
+    "centroids_from_sums",
+    "class_centroids",
+    "class_correlation_loss",
+    "class_cosine",
+    "class_sums",
+    "correlation_loss",
+    "correlation_value_loss",
     "cross_entropy",
+    "cskd_loss",
+    "cskd_terms",
+    "cskd_two_view_loss",
+    "cskd_two_view_terms",
+    "cswt_temperature",
+    "diffusion_index",
     "dkd_loss",
     "dkd_terms",
     "energy_dkd_loss",
@@ -43,9 +101,26 @@ __all__ = [
     "energy_score",
     "energy_temperature",
     "energy_thresholds",
+    "ensemble_kd_loss",
+    "ensemble_kd_terms",
+    "head_plane",
+    "head_plane_basis",
     "high_energy_capacity",
     "high_energy_kd_loss",
     "high_energy_partners",
     "kd_loss",
+    "keep_most_uncertain",
+    "mix_teacher_logits",
+    "optimal_gap",
+    "over_teachers",
+    "project_and_pca",
+    "r2kd_loss",
+    "r2kd_terms",
+    "rank_correlation",
     "select_high_energy",
+    "similar_class_mask",
+    "smooth_labels",
+    "spearman_loss",
+    "superclass_mask",
+    "teacher_mean_logits",
 ]

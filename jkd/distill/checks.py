@@ -1,28 +1,12 @@
-"""What every distillation loss checks at its door, and the types of what it accepts."""
+"""What every distillation loss checks at its door."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
-from jkd.checks import check_positive, concrete
+from jkd.checks import as_float, check_positive, concrete
 from jkd.errors import UserError
-
-Tensor = jax.Array | np.ndarray
-Scalar = int | float | np.number | Num[Tensor, ""]
-
-
-def as_float(name: str, values: ArrayLike) -> Array:
-    """`values` as a jax array of at least float32: bfloat16 and float16 are too coarse for a loss.
-
-    Raises:
-      UserError: if the values are not floating point.
-    """
-    if not jnp.issubdtype(jnp.result_type(values), jnp.floating):
-        raise UserError(f"{name} must be floating point, got {jnp.result_type(values)}.")
-    array = jnp.asarray(values)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def logit_matrix(name: str, logits: ArrayLike) -> Float[Array, "batch classes"]:
@@ -38,20 +22,41 @@ def logit_matrix(name: str, logits: ArrayLike) -> Float[Array, "batch classes"]:
     return as_float(name, logits)
 
 
-def logit_pair(student_logits: ArrayLike, teacher_logits: ArrayLike) -> tuple[Array, Array]:
+def logit_pair(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+) -> tuple[Array, Array]:
     """Both logits as matrices of one shape; no gradient passes through the teacher's.
 
     Raises:
       UserError: as `logit_matrix`, or if the shapes differ.
     """
-    student = logit_matrix("student_logits", student_logits)
-    teacher = logit_matrix("teacher_logits", teacher_logits)
+    student, teacher = logit_matrix(names[0], student_logits), logit_matrix(names[1], teacher_logits)
     if student.shape != teacher.shape:
         raise UserError(
-            "student_logits and teacher_logits must have the same shape, "
-            f"got {list(student.shape)} and {list(teacher.shape)}."
+            f"{names[0]} and {names[1]} must have the same shape, got {list(student.shape)} and {list(teacher.shape)}."
         )
     return student, jax.lax.stop_gradient(teacher)
+
+
+def batch_pair(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+) -> tuple[Array, Array]:
+    """`logit_pair` for what compares examples with each other.
+
+    Raises:
+      UserError: as `logit_pair`, or if there is one example only.
+    """
+    student, teacher = logit_pair(student_logits, teacher_logits, names)
+    if len(student) < 2:
+        raise UserError(
+            f"{names[0]} must hold at least 2 examples, got the shape {list(student.shape)}: this compares classes "
+            "over the batch, and any two vectors of one number are alike."
+        )
+    return student, teacher
 
 
 def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> Int[Array, "batch"]:
@@ -66,6 +71,17 @@ def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> In
         raise UserError(
             f"labels must have the shape [{batch}] (one for each row of logits), got {list(jnp.shape(labels))}."
         )
+    return integer_labels(labels, classes)
+
+
+def integer_labels(labels: ArrayLike, classes: int) -> Int[Array, "batch"]:
+    """`labels` as an int32 vector.
+
+    Raises:
+      UserError: if the labels are no vector of integers, or are known here and lie outside [0, classes).
+    """
+    if jnp.ndim(labels) != 1:
+        raise UserError(f"labels must have the shape [batch], got {list(jnp.shape(labels))}.")
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise UserError(f"labels must be integers, got {jnp.result_type(labels)}.")
     known = concrete(labels)

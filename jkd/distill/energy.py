@@ -10,8 +10,8 @@ from jax.nn import logsumexp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from jkd.checks import check_positive, concrete
-from jkd.distill.checks import Scalar, Tensor, as_float, logit_pair
+from jkd.checks import Scalar, Tensor, as_float, check_positive, concrete
+from jkd.distill.checks import logit_pair
 from jkd.distill.losses import cross_entropy, dkd_terms, kd_loss
 from jkd.errors import UserError
 from jkd.reduction import reduce

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from jkd.checks import concrete
-from jkd.distill.checks import Scalar, Tensor, as_float
+from jkd.checks import Scalar, Tensor, as_float, concrete
 from jkd.distill.energy import check_threshold
 from jkd.distill.losses import kd_loss
 from jkd.errors import UserError

@@ -8,15 +8,15 @@ import optax
 from jax.nn import log_softmax, logsumexp
 from jaxtyping import Array, Bool, Float, Integer, Num
 
+from jkd.checks import Scalar, Tensor, concrete
 from jkd.distill.checks import (
-    Scalar,
-    Tensor,
     batch_temperature,
     class_labels,
     known_class,
     logit_matrix,
     logit_pair,
 )
+from jkd.distill.smoothing import check_smoothing, smooth_labels
 from jkd.reduction import reduce
 
 
@@ -24,23 +24,30 @@ def cross_entropy(
     student_logits: Float[Tensor, "batch classes"],
     labels: Integer[Tensor, "batch"],
     *,
+    smoothing: Scalar = 0.0,
     reduction: str = "mean",
 ) -> Float[Array, "*reduced"]:
-    """Cross-entropy of integer labels, in float32 at least.
+    """Cross-entropy of integer labels, smoothed or not, in float32 at least.
 
-        CE_b = logsumexp(z_b) - z_b[y_b]    (nats)
+        CE_b = -(1 - s) log p_b[y_b] - s mean_k log p_b[k],    p_b = softmax(z_b), s the smoothing    (nats)
 
     Args:
       student_logits: raw logits; at least 2 classes.
       labels: in [0, classes). A traced label outside gives NaN.
+      smoothing: s in [0, 1], as in `smooth_labels`. A logit of -inf is fine only where s is a known 0.
       reduction: "mean", "sum" or "none" (over the batch).
 
     Raises:
-      UserError: on a wrong shape, dtype, label or reduction.
+      UserError: on a wrong shape, dtype, label, smoothing or reduction.
     """
     logits = logit_matrix("student_logits", student_logits)
     labels = class_labels(labels, logits)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    check_smoothing(smoothing)
+    if concrete(smoothing) == 0:
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    else:
+        targets = smooth_labels(labels, logits.shape[1], smoothing).astype(logits.dtype)
+        losses = optax.losses.softmax_cross_entropy(logits, targets)
     return reduce(jnp.where(known_class(labels, logits.shape[1]), losses, jnp.nan), reduction)
 
 

@@ -1,1 +1,1 @@
-"""Trained models for programs without jkd: safetensors files, and StableHLO programs."""
+"""Trained models for programs without jkd, and from them: safetensors, PyTorch's weights, StableHLO programs."""

@@ -12,6 +12,8 @@ from jkd.nn.apply import (
 from jkd.nn.cnn import CNN, cnn
 from jkd.nn.from_nnx import from_nnx
 from jkd.nn.mlp import MLP, mlp
+from jkd.nn.mobilenet import MobileNet, mobilenet
+from jkd.nn.mobilenet_v2 import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
 from jkd.nn.outputs import Outputs
 from jkd.nn.registry import build, names
 from jkd.nn.resnet import (
@@ -20,23 +22,34 @@ from jkd.nn.resnet import (
     resnet8x4,
     resnet14,
     resnet18,
+    resnet18_cifar,
     resnet20,
     resnet32,
     resnet32x4,
     resnet34,
     resnet44,
     resnet50,
+    resnet50_cifar,
     resnet56,
     resnet110,
 )
+from jkd.nn.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenet_v1, shufflenet_v2
+from jkd.nn.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
+from jkd.nn.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 __all__ = [
     "CNN",
     "MLP",
+    "VGG",
     "ApplyFn",
+    "MobileNet",
+    "MobileNetV2",
     "Outputs",
     "ResNet",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
     "Variables",
+    "WideResNet",
     "apply_eval",
     "apply_train",
     "build",
@@ -45,18 +58,34 @@ __all__ = [
     "from_nnx",
     "init",
     "mlp",
+    "mobilenet",
+    "mobilenet_v2",
+    "mobilenet_v2_cifar",
     "names",
     "resnet8",
     "resnet8x4",
     "resnet14",
     "resnet18",
+    "resnet18_cifar",
     "resnet20",
     "resnet32",
     "resnet32x4",
     "resnet34",
     "resnet44",
     "resnet50",
+    "resnet50_cifar",
     "resnet56",
     "resnet110",
+    "shufflenet_v1",
+    "shufflenet_v2",
     "split",
+    "vgg8",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
 ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Num
 
@@ -26,51 +27,99 @@ def at_least_float32(dtype: DTypeLike) -> np.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-class ConvNorm(nn.Module):
-    """A convolution without bias, then batch normalization with scale 1 and bias 0.
+def conv(
+    features: int,
+    size: int,
+    stride: int = 1,
+    *,
+    groups: int = 1,
+    use_bias: bool = False,
+    kernel_init: Initializer = kaiming_normal_fan_out,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    name: str,
+) -> nn.Conv:
+    """A convolution padded by size // 2 on BOTH sides, as in PyTorch.
 
-    The padding is size // 2 on BOTH sides, as in PyTorch; "SAME" would pad a strided convolution on the
-    far side only. Statistics are over the whole global batch and float32 (float64 where `dtype` is); the
-    running ones move by 0.1 a step and keep the biased variance (PyTorch stores n / (n - 1) times it).
+    "SAME" would pad a strided convolution on the far side only. A bias starts at zero; the output is then as
+    wide as the bias, `param_dtype`.
     """
+    return nn.Conv(
+        features,
+        (size, size),
+        stride,
+        padding=size // 2,
+        feature_group_count=groups,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        promote_dtype=mixed.promote,
+        conv_general_dilated=mixed.conv_general_dilated,
+        name=name,
+    )
+
+
+def batch_norm(train: bool, *, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.BatchNorm:
+    """Batch normalization with scale 1 and bias 0, whose output is in `dtype`.
+
+    Statistics are over the whole global batch and float32 (float64 where `dtype` is); the running ones move
+    by 0.1 a step and keep the biased variance (PyTorch stores n / (n - 1) times it).
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        # Forcing would keep the running statistics of a float64 model in float32.
+        force_float32_reductions=jnp.finfo(dtype).bits <= 32,
+        name=name,
+    )
+
+
+class ConvNorm(nn.Module):
+    """A convolution, without bias unless `use_bias`, then batch normalization; see `conv` and `batch_norm`."""
 
     features: int
     size: int = 3
     stride: int = 1
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    groups: int = 1
+    use_bias: bool = False
+    kernel_init: Initializer = kaiming_normal_fan_out
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch new_height new_width features"]:
         """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), features] in `dtype`."""
-        x = nn.Conv(
+        x = conv(
             self.features,
-            (self.size, self.size),
+            self.size,
             self.stride,
-            padding=self.size // 2,
-            use_bias=False,
-            kernel_init=kaiming_normal_fan_out,
+            groups=self.groups,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            promote_dtype=mixed.promote,
-            conv_general_dilated=mixed.conv_general_dilated,
             name="conv",
         )(x)
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            # Forcing would keep the running statistics of a float64 model in float32.
-            force_float32_reductions=jnp.finfo(self.dtype).bits <= 32,
-            name="norm",
-        )(x)
+        norm = batch_norm(train, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
+        return norm(x.astype(self.dtype))
 
 
-def linear(fan_in: int, units: int, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.Dense:
+def linear(
+    fan_in: int,
+    units: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    name: str,
+    *,
+    kernel_init: Initializer = uniform_fan_in,
+    bias_init: Initializer | None = None,
+) -> nn.Dense:
     """A dense layer; kernel and bias start at U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), as in PyTorch.
 
     It multiplies in `dtype`; its output is as wide as the bias, `param_dtype`.
@@ -82,8 +131,8 @@ def linear(fan_in: int, units: int, dtype: DTypeLike, param_dtype: DTypeLike, na
 
     return nn.Dense(
         units,
-        kernel_init=uniform_fan_in,
-        bias_init=uniform,
+        kernel_init=kernel_init,
+        bias_init=bias_init or uniform,
         dtype=dtype,
         param_dtype=param_dtype,
         promote_dtype=mixed.promote,
@@ -93,11 +142,17 @@ def linear(fan_in: int, units: int, dtype: DTypeLike, param_dtype: DTypeLike, na
 
 
 def head(
-    pooled: Float[Array, "batch channels"], num_classes: int, param_dtype: DTypeLike
+    pooled: Float[Array, "batch channels"],
+    num_classes: int,
+    param_dtype: DTypeLike,
+    *,
+    kernel_init: Initializer = uniform_fan_in,
+    bias_init: Initializer | None = None,
 ) -> Float[Array, "batch classes"]:
     """The classifier "head" on the penultimate vector, in the vector's dtype (call in a compact method)."""
-    logits = linear(pooled.shape[-1], num_classes, pooled.dtype, param_dtype, "head")(pooled)
-    return checkpoint_name(logits.astype(pooled.dtype), "logits")
+    width, dtype = pooled.shape[-1], pooled.dtype
+    layer = linear(width, num_classes, dtype, param_dtype, "head", kernel_init=kernel_init, bias_init=bias_init)
+    return checkpoint_name(layer(pooled).astype(dtype), "logits")
 
 
 def keep(x: Float[Array, "..."]) -> Float[Array, "..."]:

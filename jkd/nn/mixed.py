@@ -18,6 +18,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from jkd.nn import winograd
+
 
 def promote(*args: ArrayLike | None, dtype: Any = None, inexact: bool = True) -> list[Array | None]:
     """For `promote_dtype` of Flax: casts inputs to `dtype` and leaves kernel and bias as they are.
@@ -36,6 +38,8 @@ def dot_general(lhs: Array, rhs: Array, *args: Any, **options: Any) -> Array:
 
 def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **options: Any) -> Array:
     """`lax.conv_general_dilated` in the dtype of `lhs`; gradients have the dtypes of `lhs` and `rhs`."""
+    if winograd.fits(lhs, rhs, *args, **options):
+        return winograd.conv3x3(lhs, rhs)
     return _product(lambda x, w: lax.conv_general_dilated(x, w, *args, **options), lhs, rhs)
 
 

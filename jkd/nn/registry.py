@@ -8,46 +8,27 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jkd.errors import UserError, unknown
+from jkd.nn import resnet, shufflenet, vgg, wide_resnet
 from jkd.nn.cnn import cnn
 from jkd.nn.mlp import mlp
-from jkd.nn.resnet import (
-    resnet8,
-    resnet8x4,
-    resnet14,
-    resnet18,
-    resnet20,
-    resnet32,
-    resnet32x4,
-    resnet34,
-    resnet44,
-    resnet50,
-    resnet56,
-    resnet110,
-)
+from jkd.nn.mobilenet import mobilenet
+from jkd.nn.mobilenet_v2 import mobilenet_v2, mobilenet_v2_cifar
 
+_FAMILIES: tuple[tuple[Callable[..., nn.Module], ...], ...] = (
+    (cnn, mlp),
+    resnet.BUILDERS,
+    wide_resnet.BUILDERS,
+    vgg.BUILDERS,
+    shufflenet.BUILDERS,
+    (mobilenet, mobilenet_v2, mobilenet_v2_cifar),
+)
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    builder.__name__: builder
-    for builder in (
-        cnn,
-        mlp,
-        resnet8,
-        resnet14,
-        resnet20,
-        resnet32,
-        resnet44,
-        resnet56,
-        resnet110,
-        resnet8x4,
-        resnet32x4,
-        resnet18,
-        resnet34,
-        resnet50,
-    )
+    builder.__name__: builder for family in _FAMILIES for builder in family
 }
 
 
 def names() -> list[str]:
-    """The known model names: small nets, then CIFAR ResNets, then ImageNet ResNets."""
+    """The known model names, family by family: small nets, then ResNets, then the others."""
     return list(_BUILDERS)
 
 
@@ -58,7 +39,8 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
       name: one of `names()`.
       num_classes: at least 2.
       **kwargs: `dtype` and `param_dtype` (floating dtypes, or their names such as "bfloat16") for every
-        model; `width` (channels of the stem) for convolutional ones; `hidden` (units a layer) for "mlp".
+        model; `width` (channels of the stem, or what the builder says) for convolutional ones, `multiplier`
+        (of all channels) for a MobileNetV2; `hidden` (units a layer) for "mlp".
 
     Raises:
       UserError: where the name or an argument is unknown, or a value is out of range.

@@ -3,7 +3,8 @@
 He et al., "Deep residual learning for image recognition", CVPR 2016. The CIFAR family follows the networks
 of Tian et al., "Contrastive representation distillation", ICLR 2020: depth 6n + 2 and 1x1 projection
 shortcuts where the shape changes (the original pads with zeros). The ImageNet family is v1.5: a
-bottleneck strides in its 3x3 convolution.
+bottleneck strides in its 3x3 convolution. `resnet18_cifar` and `resnet50_cifar` are its blocks behind the
+stem of the CIFAR family, as in the pair ResNet-50 -> MobileNetV2 of the same protocol.
 """
 
 import functools
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jkd.errors import UserError, unknown
+from jkd.nn.builder import Make, builder
 from jkd.nn.layers import (
     ConvNorm,
     Images,
@@ -133,150 +135,88 @@ class ResNet(nn.Module):
         return keep(x)
 
 
-def _cifar(depth: int, widths: tuple[int, ...], num_classes: int, *types: DTypeLike) -> ResNet:
-    return ResNet(num_classes, ((depth - 2) // 6,) * 3, widths, "basic", "cifar", *types)
+def _cifar(depth: int, *multiples: int) -> Make[ResNet]:
+    """Blocks of (depth - 2) / 6 basic units; stem and blocks have `multiples` times the width."""
+
+    def make(num_classes: int, width: int, *types: DTypeLike) -> ResNet:
+        widths = tuple(multiple * width for multiple in multiples)
+        return ResNet(num_classes, ((depth - 2) // 6,) * 3, widths, "basic", "cifar", *types)
+
+    return make
 
 
-def _slim(depth: int, width: int, num_classes: int, *types: DTypeLike) -> ResNet:
-    return _cifar(depth, (width, width, 2 * width, 4 * width), num_classes, *types)
+def _imagenet(units: tuple[int, ...], block: str, stem: str = "imagenet") -> Make[ResNet]:
+    """Four blocks, of `units` units; the channels of the stem double from block to block."""
+
+    def make(num_classes: int, width: int, *types: DTypeLike) -> ResNet:
+        widths = (width, width, 2 * width, 4 * width, 8 * width)
+        return ResNet(num_classes, units, widths, block, stem, *types)
+
+    return make
 
 
-def _times4(depth: int, width: int, num_classes: int, *types: DTypeLike) -> ResNet:
-    return _cifar(depth, (width, 2 * width, 4 * width, 8 * width), num_classes, *types)
+_SLIM = "CIFAR ResNet of depth {}: blocks of `width`, 2 and 4 times `width` channels."
+_TIMES4 = "CIFAR ResNet of depth {}, wide: a stem of `width`, blocks of 2, 4 and 8 times `width` channels."
+_FOUR = "ResNet-{}, {}: a stem of `width` channels, which double from block to block."
 
+resnet8 = builder("resnet8", _cifar(8, 1, 1, 2, 4), _SLIM.format(8), width=16)
+resnet14 = builder("resnet14", _cifar(14, 1, 1, 2, 4), _SLIM.format(14), width=16)
+resnet20 = builder("resnet20", _cifar(20, 1, 1, 2, 4), _SLIM.format(20), width=16)
+resnet32 = builder("resnet32", _cifar(32, 1, 1, 2, 4), _SLIM.format(32), width=16)
+resnet44 = builder("resnet44", _cifar(44, 1, 1, 2, 4), _SLIM.format(44), width=16)
+resnet56 = builder("resnet56", _cifar(56, 1, 1, 2, 4), _SLIM.format(56), width=16)
+resnet110 = builder("resnet110", _cifar(110, 1, 1, 2, 4), _SLIM.format(110), width=16)
+resnet8x4 = builder("resnet8x4", _cifar(8, 1, 2, 4, 8), _TIMES4.format(8), width=32)
+resnet32x4 = builder("resnet32x4", _cifar(32, 1, 2, 4, 8), _TIMES4.format(32), width=32)
+resnet18_cifar = builder(
+    "resnet18_cifar",
+    _imagenet((2, 2, 2, 2), "basic", "cifar"),
+    _FOUR.format(18, "for 32x32 images"),
+    num_classes=100,
+    width=64,
+)
+resnet50_cifar = builder(
+    "resnet50_cifar",
+    _imagenet((3, 4, 6, 3), "bottleneck", "cifar"),
+    _FOUR.format(50, "for 32x32 images"),
+    num_classes=100,
+    width=64,
+)
+resnet18 = builder(
+    "resnet18",
+    _imagenet((2, 2, 2, 2), "basic"),
+    _FOUR.format(18, "for ImageNet"),
+    num_classes=1000,
+    width=64,
+)
+resnet34 = builder(
+    "resnet34",
+    _imagenet((3, 4, 6, 3), "basic"),
+    _FOUR.format(34, "for ImageNet"),
+    num_classes=1000,
+    width=64,
+)
+resnet50 = builder(
+    "resnet50",
+    _imagenet((3, 4, 6, 3), "bottleneck"),
+    _FOUR.format(50, "v1.5 for ImageNet"),
+    num_classes=1000,
+    width=64,
+)
 
-def _imagenet(units: tuple[int, ...], block: str, width: int, num_classes: int, *types: DTypeLike) -> ResNet:
-    widths = (width, width, 2 * width, 4 * width, 8 * width)
-    return ResNet(num_classes, units, widths, block, "imagenet", *types)
-
-
-def resnet8(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 8: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(8, width, num_classes, dtype, param_dtype)
-
-
-def resnet14(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 14: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(14, width, num_classes, dtype, param_dtype)
-
-
-def resnet20(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 20: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(20, width, num_classes, dtype, param_dtype)
-
-
-def resnet32(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 32: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(32, width, num_classes, dtype, param_dtype)
-
-
-def resnet44(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 44: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(44, width, num_classes, dtype, param_dtype)
-
-
-def resnet56(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 56: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(56, width, num_classes, dtype, param_dtype)
-
-
-def resnet110(
-    num_classes: int = 100,
-    *,
-    width: int = 16,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 110: blocks of `width`, 2 and 4 times `width` channels."""
-    return _slim(110, width, num_classes, dtype, param_dtype)
-
-
-def resnet8x4(
-    num_classes: int = 100,
-    *,
-    width: int = 32,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 8, wide: a stem of `width`, blocks of 2, 4 and 8 times `width` channels."""
-    return _times4(8, width, num_classes, dtype, param_dtype)
-
-
-def resnet32x4(
-    num_classes: int = 100,
-    *,
-    width: int = 32,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """CIFAR ResNet of depth 32, wide: a stem of `width`, blocks of 2, 4 and 8 times `width` channels."""
-    return _times4(32, width, num_classes, dtype, param_dtype)
-
-
-def resnet18(
-    num_classes: int = 1000,
-    *,
-    width: int = 64,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """ImageNet ResNet-18: a stem of `width` channels, which double from block to block."""
-    return _imagenet((2, 2, 2, 2), "basic", width, num_classes, dtype, param_dtype)
-
-
-def resnet34(
-    num_classes: int = 1000,
-    *,
-    width: int = 64,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """ImageNet ResNet-34: a stem of `width` channels, which double from block to block."""
-    return _imagenet((3, 4, 6, 3), "basic", width, num_classes, dtype, param_dtype)
-
-
-def resnet50(
-    num_classes: int = 1000,
-    *,
-    width: int = 64,
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-) -> ResNet:
-    """ImageNet ResNet-50, v1.5: a stem of `width` channels, which double from block to block."""
-    return _imagenet((3, 4, 6, 3), "bottleneck", width, num_classes, dtype, param_dtype)
+BUILDERS = (
+    resnet8,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+    resnet8x4,
+    resnet32x4,
+    resnet18_cifar,
+    resnet50_cifar,
+    resnet18,
+    resnet34,
+    resnet50,
+)

@@ -1,15 +1,6 @@
 import jax
-import jaxtyping
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-
-@pytest.fixture
-def unchecked():
-    """Shape annotations off: what a user without the test hook meets is the library's own error."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="package")

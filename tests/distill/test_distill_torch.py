@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jkd.distill import dkd_terms, energy_kd_loss, energy_score, kd_loss
+from jkd.distill import (
+    correlation_value_loss,
+    cskd_loss,
+    dkd_terms,
+    energy_kd_loss,
+    energy_score,
+    kd_loss,
+    spearman_loss,
+)
 
 torch = pytest.importorskip("torch")
 F = pytest.importorskip("torch.nn.functional")
@@ -78,3 +86,40 @@ def test_energy_kd(batch):
 def test_energy(batch):
     expected = -4 * torch.logsumexp(torch.tensor(batch[1]) / 4, 1)
     np.testing.assert_allclose(energy_score(batch[1]), expected.numpy(), rtol=1e-6)
+
+
+def torch_cosine(student, teacher, t, dim):
+    """1 - the mean cosine of the probabilities."""
+    p, q = (F.softmax(z / t[:, None], 1) for z in (student, teacher))
+    return 1 - F.cosine_similarity(p, q, dim=dim).mean()
+
+
+def test_correlation_value(batch):
+    def theirs(student, teacher, labels, t):
+        t = torch.full_like(t, 4)
+        return 32 * (torch_cosine(student, teacher, t, 0) + torch_cosine(student, teacher, t, 1))
+
+    compare(lambda s, t, y, T: correlation_value_loss(s, t), theirs, batch)
+
+
+def test_cskd(batch):
+    def theirs(student, teacher, labels, t):
+        alike = F.cosine_similarity(F.softmax(student, 1), F.softmax(teacher, 1)).detach()
+        chosen = 2 + 4 * (alike.max() - alike) / (alike.max() - alike.min())
+        cosines = 2 * chosen.mean() ** 2 * torch_cosine(student, teacher, chosen, 0)
+        return (
+            F.cross_entropy(student, labels) + 32 * torch_cosine(student, teacher, torch.full_like(t, 4), 0) + cosines
+        )
+
+    compare(lambda s, t, y, T: cskd_loss(s, t, y), theirs, batch)
+
+
+def test_soft_ranks(batch):
+    def theirs(student, teacher, labels, t):
+        z = (student - student.mean(1, keepdim=True)) / student.std(1, keepdim=True, correction=0)
+        ranks = 0.5 + torch.sigmoid((z[:, :, None] - z[:, None, :]) / 0.5).sum(2)
+        targets = teacher.argsort(1).argsort(1).double()
+        pair = (x - x.mean(1, keepdim=True) for x in (ranks, targets))
+        return 2 * (1 - F.cosine_similarity(*pair).mean())
+
+    compare(lambda s, t, y, T: spearman_loss(s, t, rank_mode="soft", tau=0.5), theirs, batch)

@@ -23,13 +23,13 @@ MISTAKES = [
     ("mesh.slices=2", "mesh.slices=2 does not fit these devices: "),
     ("loop.keep=0", "keep must be >= 1 and checkpoint_every >= 0"),
     ("seeds=2.5", "Config field 'seeds' takes int values like 2, got '2.5'."),
-    ("data.flip=maybe", "Config field 'data.flip' takes bool values like False, got 'maybe'."),
+    ("data.weak.flip=maybe", "Config field 'data.weak.flip' takes bool values like False, got 'maybe'."),
     ("arms.kd.lr=fast", "Config field 'arms.kd.lr' takes float values like 0.01, got 'fast'."),
     ("student.hidden=8,x", "Config field 'student.hidden' takes tuple values like (8,), got '8,x'."),
     ("seeds=0", "seeds must be >= 1"),
     ("seed=-1", "seed in [0, 2^31), got seeds=2, seed=-1."),
     ("only=kd,enrgy_kd", "Unknown arm in config.only 'enrgy_kd'. Did you mean 'energy_kd'?"),
-    ("arms.kd.loss=energykd", "Unknown arms.kd.loss 'energykd'. Did you mean 'energy_kd'?"),
+    ("arms.kd.temperatures=enrgy", "Unknown arms.kd.temperatures 'enrgy'. Did you mean 'energy'?"),
     ("arms.kd.mix=high_energ", "Unknown arms.kd.mix 'high_energ'. Did you mean 'high_energy'?"),
     ("arms.kd.mixer=cutmixup", "Unknown arms.kd.mixer 'cutmixup'. Did you mean 'cutmix'?"),
     ("arms.kd.temperature=0", "arms.kd.temperature must be finite and > 0, got 0.0."),
@@ -37,7 +37,7 @@ MISTAKES = [
     ("arms.energy_kd.t_low=-1", "arms.energy_kd.t_low must be finite and > 0, got -1.0."),
     ("arms.energy_kd.low_rate=0.8", "low_rate and high_rate must add up to at most 1, got 0.8 and 0.3."),
     ("arms.energy_kd.low_rate=-0.1", "arms.energy_kd.low_rate must be finite and >= 0, got -0.1."),
-    ("arms.kd.kd_weight=-1", "arms.kd.kd_weight must be finite and >= 0, got -1.0."),
+    ("arms.kd.weights.kd=-1", "arms.kd.weights.kd must be finite and >= 0, got -1.0."),
     ("arms.dkd.beta=-1e999", "arms.dkd.beta must be finite and >= 0, got -inf."),
     ("arms.dkd.warmup_epochs=-3", "arms.dkd.warmup_epochs must be finite and >= 0, got -3.0."),
     ("arms.ce.lr=0", "arms.ce.lr must be finite and > 0, got 0.0."),
@@ -53,8 +53,8 @@ MISTAKES = [
     ("precision=float64", "precision=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1."),
     ("eval_epochs=-1", "error: eval_epochs must be finite and >= 0, got -1.0."),
     ("data.std=0", "data.std must be finite and > 0, got (0.0,)."),
-    ("data.shift=-1", "data.shift must be >= 0 pixels, got -1."),
-    ("data.pad_crop=-1", "data.pad_crop must be >= 0 pixels, got -1."),
+    ("data.weak.shift=-1", "data.weak.shift must be >= 0, got -1."),
+    ("data.weak.pad_crop=-1", "data.weak.pad_crop must be >= 0, got -1."),
     ("data.train_split=train[500:100]", "The split 'train[500:100]' has an empty slice"),
     ("method=cli", "There is no method 'cli': experiments/cli.py has no stages(config)."),
     ("only=((", "Config field 'only' takes tuple values like (), got '(('."),
@@ -215,7 +215,7 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"python -m experiments.{command} " in out
-    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce", "export", "sweep"))
+    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce", "export", "sweep", "projection"))
     assert "--config.NAME=VALUE" in out
 
 

@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 from helpers_experiments import SMOKE
 
-from experiments import classification, cli, distillation, energy_kd
+from experiments import arms, classification, cli, distillation
+from experiments.distillation_setup import Setup
 from jkd import distill, nn, train
 
 TEACHER = jnp.array([[8, 0, 0], [2, 1, 0], [0.5, 0.4, 0.3], [4, 3, -1]])
 STUDENT = jnp.array([[4, 1, 0], [1, 1, 0], [0, 1, 0], [1, 2, 0.0]])
 LABELS = jnp.array([0, 0, 1, 1])
 # Temperatures 6, 4, 2, 4 by hand.
-CONSTS = {"thresholds": {"low": jnp.float32(-6.902), "high": jnp.float32(-5.477)}}
+CONSTS = {"thresholds": {"teacher": {"low": jnp.float32(-6.902), "high": jnp.float32(-5.477)}}}
+TEACHERS = {"teacher": TEACHER}
 RULE, REVERSED = jnp.array([6.0, 4, 2, 4]), jnp.array([2.0, 4, 6, 4])
 CE = float(distill.cross_entropy(STUDENT, LABELS))
 LATE = 10**6
 
 
-def arm(name, **changes):
+def arm(name, *, weights=None, **changes):
     config = cli.load_config("configs/energy_kd.py").arms[name]
+    config.weights.update(weights or {})
     config.update(changes)
     return config
 
@@ -38,9 +41,9 @@ def dkd(temperature, **weights):
     [
         (arm("ce"), CE),
         (arm("kd"), 0.1 * CE + 0.9 * 0.849383),
-        (arm("kd", ce_weight=0.3, kd_weight=2.0, temperature=1.0), 0.3 * CE + 2 * kd(1.0)),
+        (arm("kd", weights={"ce": 0.3, "kd": 2.0}, temperature=1.0), 0.3 * CE + 2 * kd(1.0)),
         (arm("energy_kd"), 0.1 * CE + 0.9 * 0.948700),
-        (arm("energy_kd", ce_weight=0.3, kd_weight=2.0), 0.3 * CE + 2 * 0.948700),
+        (arm("energy_kd", weights={"ce": 0.3, "kd": 2.0}), 0.3 * CE + 2 * 0.948700),
         (arm("energy_kd", t_mid=4.5), 0.1 * CE + 0.9 * kd(jnp.array([6, 4.5, 2, 4.5]))),
         (arm("energy_kd_reversed"), 0.1 * CE + 0.9 * kd(REVERSED)),
         (arm("dkd"), CE + dkd(4.0, alpha=1.0, beta=8.0)),
@@ -50,30 +53,30 @@ def dkd(temperature, **weights):
     ],
 )
 def test_losses_of_the_arms(made, expected):
-    loss = energy_kd.arm_loss(made, steps_per_epoch=10.0)
-    assert float(loss(STUDENT, TEACHER, LABELS, CONSTS, LATE)) == pytest.approx(expected, rel=1e-5)
+    loss = arms.objective(made, steps_per_epoch=10.0)
+    assert float(loss(STUDENT, TEACHERS, LABELS, CONSTS, LATE)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("dkd", 4.0), ("energy_dkd", RULE)])
 def test_decoupled_distillation_warms_up_by_whole_epochs(name, temperature):
-    loss = energy_kd.arm_loss(arm(name), steps_per_epoch=2.5)
+    loss = arms.objective(arm(name), steps_per_epoch=2.5)
     soft = dkd(temperature, alpha=1.0, beta=8.0)
     scales = {0: 1 / 20, 2: 1 / 20, 3: 2 / 20, 47: 19 / 20, 48: 1.0, 1000: 1.0}
     for t, scale in scales.items():
-        np.testing.assert_allclose(loss(STUDENT, TEACHER, LABELS, CONSTS, t), CE + scale * soft, rtol=1e-5)
+        np.testing.assert_allclose(loss(STUDENT, TEACHERS, LABELS, CONSTS, t), CE + scale * soft, rtol=1e-5)
 
 
 def test_shares_and_temperatures_of_a_batch():
-    found = energy_kd.group_shares(arm("energy_kd"), TEACHER, CONSTS)
+    found = arms.group_shares(arm("energy_kd"), TEACHERS, CONSTS)
     assert {name: float(value) for name, value in found.items()} == {
         "share_low": 0.25,
         "share_high": 0.25,
         "temperature": 4.0,
     }
-    found = energy_kd.group_shares(arm("energy_dkd", t_high=7.0), TEACHER, CONSTS)
+    found = arms.group_shares(arm("energy_dkd", t_high=7.0), TEACHERS, CONSTS)
     assert float(found["temperature"]) == 4.25
-    assert set(energy_kd.group_shares(arm("kd_he_da"), TEACHER, CONSTS)) == {"share_low", "share_high"}
-    assert energy_kd.group_shares(arm("kd"), TEACHER, {}) == {}
+    assert set(arms.group_shares(arm("kd_he_da"), TEACHERS, CONSTS)) == {"share_low", "share_high"}
+    assert arms.group_shares(arm("kd"), TEACHERS, {}) == {}
 
 
 # --- what is mixed ---
@@ -81,7 +84,7 @@ def test_shares_and_temperatures_of_a_batch():
 IMAGES = jnp.broadcast_to(jnp.arange(1.0, 9)[:, None, None, None], (8, 6, 6, 1))
 # Examples 3 and 6 (pixels 4 and 7) are above the threshold.
 LOGITS = jnp.where(jnp.isin(jnp.arange(8), jnp.array([2, 5]))[:, None], 0.0, 5.0) * jnp.ones((8, 3))
-LIMITS = {"thresholds": {"low": jnp.float32(-100), "high": distill.energy_score(LOGITS)[2] - 0.1}}
+LIMITS = {"thresholds": {"teacher": {"low": jnp.float32(-100), "high": distill.energy_score(LOGITS)[2] - 0.1}}}
 
 
 @pytest.mark.parametrize("mixer", ["cutmix", "mixup"])
@@ -89,7 +92,7 @@ def test_only_uncertain_images_are_mixed_with_each_other(mixer):
     made = arm("kd_he_da", mixer=mixer, high_rate=0.25)
     seen = set()
     for seed in range(8):
-        mixed, weights = energy_kd.mix(made, jax.random.key(seed), IMAGES, LOGITS, LIMITS)
+        mixed, weights = arms.mix(made, jax.random.key(seed), {"image": IMAGES}, {"teacher": LOGITS}, LIMITS)
         assert mixed.shape == (3, 6, 6, 1)  # ceil(1.5 * .25 * 8)
         assert weights.tolist() == [1, 1, 0]
         pixels = np.asarray(mixed[:2])
@@ -102,7 +105,7 @@ def test_only_uncertain_images_are_mixed_with_each_other(mixer):
 def test_all_images_are_mixed():
     made, orders = arm("kd_cutmix"), set()
     for seed in range(8):
-        mixed, weights = energy_kd.mix(made, jax.random.key(seed), IMAGES, LOGITS, LIMITS)
+        mixed, weights = arms.mix(made, jax.random.key(seed), {"image": IMAGES}, {"teacher": LOGITS}, LIMITS)
         assert mixed.shape == IMAGES.shape
         assert weights.tolist() == [1] * 8
         pixels = np.asarray(mixed).reshape(8, -1)
@@ -117,12 +120,12 @@ def test_all_images_are_mixed():
 @pytest.fixture(scope="module")
 def setup():
     """The smoke config with shifted views and images of 8x8."""
-    return distillation.Setup.of(cli.load_config(SMOKE, {"data.shift": 1}))
+    return Setup.of(cli.load_config(SMOKE, {"data.weak.shift": 1}))
 
 
 @pytest.fixture(scope="module")
 def teacher(setup):
-    return nn.init(setup.teacher, jax.random.key(5), setup.task.shape)
+    return nn.init(setup.teachers["teacher"], jax.random.key(5), setup.task.shape)
 
 
 @pytest.fixture(scope="module")
@@ -131,17 +134,17 @@ def batch(setup):
 
 
 def test_student_and_teacher_see_the_same_view(setup, teacher, batch):
-    consts = {"teacher": teacher}
-    seen = distillation.view(setup, jax.random.key(1), consts, batch)
-    images, logits = seen["image"], distillation.teacher_logits(setup, consts, seen)
-    plain = setup.views.plain(batch["image"])
+    consts, made = {"teachers": {"teacher": teacher}}, arm("kd")
+    seen = distillation.view(setup, made, jax.random.key(1), consts, batch)
+    images, logits = seen["image"], distillation.teacher_logits(setup, made, consts, seen)["teacher"]
+    plain = setup.views["weak"].plain(batch["image"])
     assert np.abs(np.asarray(images - plain)).max() > 0.5  # it was moved
-    np.testing.assert_allclose(logits, setup.teach(teacher, images), rtol=1e-6)
-    assert np.abs(np.asarray(logits - setup.teach(teacher, plain))).max() > 1e-3
+    np.testing.assert_allclose(logits, setup.teach("teacher", teacher, images), rtol=1e-6)
+    assert np.abs(np.asarray(logits - setup.teach("teacher", teacher, plain))).max() > 1e-3
 
 
 def test_thresholds_are_those_of_augmented_views_in_training_batches(setup, teacher, batch):
-    energies, calls = energy_kd.energy_sweep(setup), []
+    energies, calls = setup.energies["teacher", "weak"], []
     key = jax.random.key(2)
 
     def sweep(fn, args, source, key):
@@ -149,34 +152,36 @@ def test_thresholds_are_those_of_augmented_views_in_training_batches(setup, teac
         return np.arange(10.0)
 
     made = arm("energy_kd", low_rate=0.3, high_rate=0.2)
-    consts = {"teacher": teacher, "rows": {"train": np.arange(40)}, "order": 7}
-    found = energy_kd.find_thresholds(setup, made, energies, consts, key, sweep)
-    assert {name: float(value) for name, value in found["thresholds"].items()} == {"low": 3.0, "high": 7.0}
+    consts = {"teachers": {"teacher": teacher}, "rows": {"train": np.arange(40)}, "order": 7}
+    found = arms.find_thresholds(setup, made, consts, key, sweep)
+    assert {name: float(value) for name, value in found["thresholds"]["teacher"].items()} == {"low": 3.0, "high": 7.0}
     ((fn, args, source, swept),) = calls
     assert (fn, args, swept) == (energies, teacher, key)
     assert (source.batch_size, source.seed) == (setup.config.batch_size, 7)
     found = energies(teacher, batch, key)
-    moved = setup.views.train(key, batch["image"])
-    np.testing.assert_allclose(found, distill.energy_score(setup.teach(teacher, moved)), rtol=1e-6)
-    plain = distill.energy_score(setup.teach(teacher, setup.views.plain(batch["image"])))
+    moved = setup.views["weak"].train(key, batch["image"])
+    np.testing.assert_allclose(found, distill.energy_score(setup.teach("teacher", teacher, moved)), rtol=1e-6)
+    plain = distill.energy_score(setup.teach("teacher", teacher, setup.views["weak"].plain(batch["image"])))
     assert np.abs(np.asarray(found - plain)).max() > 1e-3
 
 
 @pytest.mark.parametrize(("name", "weight"), [("kd_he_da", 0.9), ("kd_cutmix", 0.9), ("kd_he_da", 2.0)])
 def test_a_step_adds_the_distillation_of_the_mixed_images(name, weight, setup, teacher, batch, monkeypatch):
-    made = arm(name, kd_weight=weight, temperature=3.0)
-    mixed, weights = setup.views.plain(batch["image"][::-1][:4]), jnp.array([1.0, 1, 1, 0])
-    monkeypatch.setattr(energy_kd, "mix", lambda *args: (mixed, weights))
+    made = arm(name, weights={"kd": weight}, temperature=3.0)
+    count = 3 if name == "kd_he_da" else 4  # the uncertain ones have a capacity
+    mixed, weights = setup.views["weak"].plain(batch["image"][::-1][:4]), (jnp.arange(4) < count).astype(jnp.float32)
+    monkeypatch.setattr(arms, "mix", lambda *args: (mixed, weights))
     optimizer = classification.make_optimizer(setup.config.student, 0.1, 10, 5.0)
     state = train.create_state(nn.init(setup.student, jax.random.key(6), setup.task.shape), optimizer)
-    consts = {"teacher": teacher, "thresholds": {"low": jnp.float32(-9), "high": jnp.float32(-5)}}
+    limits = {"low": jnp.float32(-9), "high": jnp.float32(-5)}
+    consts = {"teachers": {"teacher": teacher}, "thresholds": {"teacher": limits}}
     key = jax.random.key(3)
-    _, metrics = jax.jit(energy_kd.student_step(setup, made, optimizer, 5.0))(key, state, consts, batch, 0)
-    images = distillation.view(setup, jax.random.split(key)[0], consts, batch)["image"]
-    logits = setup.teach(teacher, images)
+    _, metrics = jax.jit(arms.student_step(setup, made, optimizer, 5.0))(key, state, consts, batch, 0)
+    images = distillation.view(setup, made, jax.random.split(key)[0], consts, batch)["image"]
+    logits = setup.teach("teacher", teacher, images)
     own, again = (setup.student.apply(state.variables, x).logits for x in (images, mixed))
     expected = 0.1 * distill.cross_entropy(own, batch["label"]) + weight * distill.kd_loss(own, logits, 3.0)
-    expected += weight * distill.kd_loss(again[:3], setup.teach(teacher, mixed)[:3], 3.0)
+    expected += weight * distill.kd_loss(again[:count], setup.teach("teacher", teacher, mixed)[:count], 3.0)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
@@ -193,9 +198,9 @@ CIFAR = {
     "batch_size": 64,
     "data.mean": (0.5071, 0.4867, 0.4408),
     "data.std": (0.2675, 0.2565, 0.2761),
-    "data.pad_crop": 4,
-    "data.flip": True,
-    "data.shift": 0,
+    "data.weak.pad_crop": 4,
+    "data.weak.flip": True,
+    "data.weak.shift": 0,
     "data.imbalance": 1.0,
     "teacher.model": "resnet56",
     "student.model": "resnet20",
@@ -208,7 +213,7 @@ CIFAR = {
     **{
         f"arms.{a}.{n}": v
         for a in ("kd", "energy_kd_long", "kd_he_da")
-        for n, v in (("ce_weight", 0.1), ("kd_weight", 0.9))
+        for n, v in (("weights.ce", 0.1), ("weights.kd", 0.9))
     },
     **{f"arms.{a}.temperature": 4.0 for a in ("kd", "dkd", "kd_he_da", "kd_cutmix", "kd_long")},
     **{f"arms.energy_kd_long.{n}": v for n, v in (("t_low", 2.0), ("t_mid", 4.0), ("t_high", 6.0))},
@@ -230,13 +235,13 @@ IMAGENET = {
     "data.mean": (0.485, 0.456, 0.406),
     "data.std": (0.229, 0.224, 0.225),
     "data.image_size": 224,
-    "data.flip": True,
+    "data.weak.flip": True,
     "teacher.model": "resnet34",
     "student.model": "resnet18",
     **trained(lr=0.2, epochs=100.0, milestones=(30, 60, 90), weight_decay=1e-4),
     **{f"arms.{a}.{n}": v for a in ("kd", "energy_kd", "dkd") for n, v in (("lr", 0.2), ("epochs", 100.0))},
     **{f"arms.{a}.milestones": (30, 60, 90) for a in ("kd", "energy_kd", "dkd", "kd_he_da")},
-    **{f"arms.{a}.{n}": 0.5 for a in ("kd", "energy_kd", "kd_he_da") for n in ("ce_weight", "kd_weight")},
+    **{f"arms.{a}.{n}": 0.5 for a in ("kd", "energy_kd", "kd_he_da") for n in ("weights.ce", "weights.kd")},
     **{f"arms.{a}.temperature": 1.0 for a in ("kd", "dkd", "kd_he_da", "kd_cutmix")},
     **{f"arms.energy_kd.{n}": 0.2 for n in ("low_rate", "high_rate")},
     **{f"arms.dkd.{n}": v for n, v in (("alpha", 1.0), ("beta", 0.5), ("warmup_epochs", 1.0))},

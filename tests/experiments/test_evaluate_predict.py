@@ -10,7 +10,8 @@ import pytest
 from helpers_experiments import SMOKE, listing
 from PIL import Image
 
-from experiments import cli, distillation, evaluate, predict, train
+from experiments import cli, evaluate, predict, train
+from experiments.distillation_setup import Setup
 from jkd import data
 from jkd import train as jkd_train
 
@@ -127,11 +128,11 @@ def test_predictions_are_the_mean_of_the_seeds(run, predictions):
         "predicted": (7,),
         "pool": (2, 7, 8),
     }
-    setup = distillation.Setup.of(cli.load_run(str(run), {}))
+    setup = Setup.of(cli.load_run(str(run), {}))
     outcome = jkd_train.load_outcome(run, "kd")
     for k in range(2):
         variables = jax.tree.map(lambda x, k=k: np.asarray(x[k]), outcome.published)
-        out = setup.student.apply(variables, setup.views.plain(jnp.asarray(IMAGES)), train=False)
+        out = setup.student.apply(variables, setup.views["weak"].plain(jnp.asarray(IMAGES)), train=False)
         np.testing.assert_allclose(predictions["logits"][k], out.logits, atol=1e-5)
         np.testing.assert_allclose(predictions["pool"][k], out.features["pool"], atol=1e-5)
     expected = np.mean(jax.nn.softmax(predictions["logits"]), axis=0)

@@ -63,6 +63,16 @@ def test_variables_come_back_bit_for_bit(seed, smoke, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+def test_a_file_for_pytorch(smoke, tmp_path, capsys):
+    file = run(smoke, "teacher", "torch", tmp_path / "t.safetensors", "--seed", "1", "--style", "jkd")
+    assert "(largest difference 0)" in capsys.readouterr().err
+    found, metadata = load_safetensors(file)
+    assert metadata == {"format": "pt", "method": "energy_kd", "stage": "teacher"}
+    wanted = jax.tree.map(lambda x: x[1], jkd_train.load_outcome(smoke, "teacher").published["params"])
+    assert set(found) == {"hidden1.weight", "hidden1.bias", "head.weight", "head.bias"}
+    np.testing.assert_array_equal(found["head.weight"], wanted["head"]["kernel"].T)
+
+
 def test_the_platforms_are_those_asked_for(smoke, tmp_path, capsys):
     run(smoke, "kd", "stablehlo", tmp_path / "tpu", "--platforms", "tpu")
     assert "not checked: it is for tpu and this machine has cpu" in capsys.readouterr().err
@@ -85,7 +95,13 @@ def test_a_file_that_gives_other_outputs_is_removed(smoke, tmp_path, refused, mo
     [
         (["--stage", "kdd"], "holds no finished stage 'kdd'; finish its training first. Did you mean 'kd'?"),
         (["--seed", "2"], "--seed must be one of 0..1, got '2'."),
-        (["--seed", "all"], "--seed all is for --format safetensors; a program is of one seed: --seed 0."),
+        (["--style", "timm"], "--style is for PyTorch's names: --format torch."),
+        (
+            ["--seed", "all", "--format", "torch", "--output", "new.safetensors"],
+            "--seed all is for --format safetensors;",
+        ),
+        (["--format", "torch"], "--format torch writes a .safetensors file: --output must end so, got "),
+        (["--seed", "all"], "--seed all is for --format safetensors; other files are of one seed: --seed 0."),
         (["--platforms", "cpu,gpu"], "Unknown platform 'gpu'; a program is for some of cpu, cuda, rocm, tpu."),
         (["--format", "safetensors", "--platforms", "cpu"], "--platforms is for programs: --format stablehlo."),
         (["--format", "onnx"], "invalid choice: 'onnx'"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import cli, distillation, energy_kd, html, reproduce, studies
+from experiments import cli, cosine_kd, energy_kd, html, reproduce, studies
+from experiments.distillation_setup import selected_arms
 from jkd.errors import UserError
 from jkd.train import NonFiniteError
 from jkd.train.workdir import flatten
@@ -96,31 +97,69 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
         rates = [overrides.get(f"arms.{arm}.lr", 0) for arm in ("ours", "theirs")]
         stages = tuned(ours=[rates[0]] * 2, theirs=[rates[1]] * 2)
         stages |= {"teacher": {"metrics": {"test/top1": [99.0] * 3}}}
-        if cell == "final":
+        if cell.startswith("final"):
             stages |= arms(ours=52 + SPREAD, theirs=[50.0] * 3)
         return {"workdir": f"/cells/{cell}", "stages": stages}
 
-    found = studies.run_study(STUDY, run, ["ours", "theirs"])
+    found = studies.run_study(STUDY, run, ["teacher"], ["ours", "theirs"])
     tuning = {"seed": 1000, "seeds": 2}
-    taught = {"teacher.workdir": "/cells/tuning-teacher"}
+    taught = {"teacher.workdir": "/cells/tuning-teachers"}
+    final = {"teacher.workdir": "/cells/teachers"}
     assert calls == {
-        "tuning-teacher": {**tuning, "only": ("teacher",)},
+        "tuning-teachers": {**tuning, "only": ("teacher",)},
         "tuning-ours-0.01": {**tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.01},
         "tuning-ours-0.1": {**tuning, **taught, "only": ("ours",), "arms.ours.lr": 0.1},
         "tuning-theirs-0.01": {**tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.01},
         "tuning-theirs-0.1": {**tuning, **taught, "only": ("theirs",), "arms.theirs.lr": 0.1},
-        "teacher": {"only": ("teacher",)},
-        "final": {
-            "arms.ours.lr": 0.1,
-            "arms.theirs.lr": 0.01,
-            "only": ("ours", "theirs"),
-            "teacher.workdir": "/cells/teacher",
-        },
+        "teachers": {"only": ("teacher",)},
+        "final-ours": {**final, "only": ("ours",), "arms.ours.lr": 0.1},
+        "final-theirs": {**final, "only": ("theirs",), "arms.theirs.lr": 0.01},
     }
     assert found["rates"] == {"ours": 0.1, "theirs": 0.01}
     assert found["tuning"] == {"ours": {"0.01": 0.01, "0.1": 0.1}, "theirs": {"0.01": 0.01, "0.1": None}}
     assert [claim["verdict"] for claim in found["claims"]] == [studies.HOLDS]
     assert found["stages"]["teacher"]["metrics"]["test/top1"] == [99.0] * 3
+
+
+def test_a_study_without_rates_is_one_run_of_all_arms():
+    calls = {}
+
+    def run(cell, overrides):
+        calls[cell] = dict(overrides)
+        return {"workdir": "/cells/whole", "stages": arms(ours=52 + SPREAD, theirs=[50.0] * 3, teacher=[99.0] * 3)}
+
+    study = dataclasses.replace(STUDY, rates=())
+    found = studies.run_study(study, run, ["teacher"], ["ours", "theirs"])
+    assert calls == {"whole": {"only": ("teacher", "ours", "theirs")}}
+    assert (found["rates"], found["tuning"]) == ({}, {})
+    assert list(found["stages"]) == ["ours", "theirs", "teacher"]
+    assert [claim["verdict"] for claim in found["claims"]] == [studies.HOLDS]
+
+
+def test_claims_about_what_is_made_of_the_final_runs():
+    def derived(stages):
+        return {"both": {"metrics": {"sum": np.add(*(stages[name]["metrics"]["test/top1"] for name in both))}}}
+
+    def run(cell, overrides):
+        return {"workdir": "", "stages": given[cell.startswith("final")]}
+
+    both = ("ours", "theirs")
+    given = {False: tuned(ours=[1.0], theirs=[1.0]), True: arms(ours=52 + SPREAD, theirs=[50.0] * 3)}
+    claim = studies.Claim("both make a hundred", value=("both", "sum"), inside=(101, 103))
+    study = dataclasses.replace(STUDY, claims=[claim], derived=derived)
+    found = studies.run_study(study, run, [], list(both))
+    assert [row["verdict"] for row in found["claims"]] == [studies.HOLDS]
+    assert list(found["stages"]) == ["ours", "theirs", "both"]
+
+
+def test_an_interaction_is_a_difference_of_differences():
+    claim = studies.Claim("more for a", better=["a_mix", "b"], worse=["a", "b_mix"])
+    stages = arms(a=50 + SPREAD, a_mix=53 + SPREAD, b=[60.0] * 3, b_mix=61 + SPREAD)
+    row = studies.judge(claim, stages)
+    assert row["effect"] == pytest.approx(2.0)
+    assert row["interval"] == pytest.approx([1.7516, 2.2484], abs=1e-4)
+    assert row["test"] == "(a_mix + b) - (a + b_mix) > -0"
+    assert row["verdict"] == studies.HOLDS
 
 
 def stage(values, **more):
@@ -161,13 +200,13 @@ def made_up(monkeypatch):
         assert not show
         file = pathlib.Path(workdir) / "results.json"
         if not file.exists():
-            begun.append(file.parent.name)
+            begun.append(file.parent.name.rpartition("-")[0])
             file.parent.mkdir(parents=True)
-            names = ["teacher", *distillation.selected_arms(config)]
+            names = ["teacher", *selected_arms(config)]
             more = {"energy/rank_correlation_confidence": [-0.9, -0.9]}
             more |= {"energy/accuracy_low_energy": [99, 98], "energy/accuracy_high_energy": [60, 61]}
             more |= {"groups/share_low": [0.3, 0.3], "groups/share_high": [0.3, 0.3]}
-            found = {n: stage([50 + i, 51 + i], **more) for i, n in enumerate(names)}
+            found = {n: stage([50 + ORDER.index(n), 51 + ORDER.index(n)], **more) for n in names}
             file.write_text(json.dumps({"stages": found, "config": flatten(config.to_dict())}))
         return json.loads(file.read_text())
 
@@ -178,7 +217,9 @@ def made_up(monkeypatch):
 
 
 ARMS = list(cli.load_config(STUDY.config).arms)
-CELLS = ["tuning-teacher", *(f"tuning-{arm}-{rate}" for arm in ARMS for rate in (0.01, 0.1)), "teacher", "final"]
+ORDER = ["teacher", *ARMS, "cskd"]
+TUNING = [f"tuning-{arm}-{rate}" for arm in ARMS for rate in (0.01, 0.1)]
+CELLS = ["tuning-teachers", *TUNING, "teachers", *(f"final-{arm}" for arm in ARMS)]
 
 
 def test_reproduce_writes_its_report(made_up, tmp_path, capsys):
@@ -193,15 +234,30 @@ def test_reproduce_writes_its_report(made_up, tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert all(escape(claim.text) in page for claim in energy_kd.CLAIMS)
     assert "Energy DKD beats DKD" in capsys.readouterr().out
-    cell = json.loads((tmp_path / "cells" / "energy_kd" / "tiny" / "final" / "results.json").read_text())
-    assert cell["config"]["seeds"] == 3
+    (cell,) = (tmp_path / "cells").glob("final-kd-????????/results.json")
+    config = json.loads(cell.read_text())["config"]
+    assert config["seeds"] == 3
+    assert config["method"] == "arms"
+    assert {name.split(".")[1] for name in config if name.startswith("arms.")} == {"kd"}
+
+
+def test_methods_share_equal_cells(made_up, tmp_path, monkeypatch):
+    reproduce.main(["energy_kd", "--out", str(tmp_path)])
+    made_up.clear()
+    study = studies.Study("tiny", "configs/cosine_kd.py:smoke", (0.01, 0.1), 2, [], ("kd", "cskd"))
+    monkeypatch.setattr(cosine_kd, "STUDIES", (study,))
+    reproduce.main(["cosine_kd", "--out", str(tmp_path)])
+    assert made_up == ["tuning-cskd-0.01", "tuning-cskd-0.1", "final-cskd"]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found) == ["energy_kd", "cosine_kd"]
+    assert found["cosine_kd"]["tiny"]["stages"]["kd"] == found["energy_kd"]["tiny"]["stages"]["kd"]
 
 
 def test_reproduce_stops_by_its_budget_and_goes_on(made_up, tmp_path, capsys):
     begin = reproduce.main
     begin(["energy_kd", "--out", str(tmp_path), "--budget", "0"])
     assert made_up == []
-    says = "stopped by --budget before cell tuning-teacher; run the same command again to go on"
+    says = "stopped by --budget before cell tuning-teachers; run the same command again to go on"
     assert says in capsys.readouterr().err
     assert json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]["not_run"] == says
     assert says in (tmp_path / "report.html").read_text()
@@ -317,6 +373,18 @@ def test_any_metric_can_be_compared():
 def test_reproduce_refuses_unknown_methods(refused, untouched):
     line = refused(reproduce.main, "energy-kd", "--out", untouched() / "out")
     assert "Unknown method 'energy-kd'. Did you mean 'energy_kd'?" in line
+
+
+def test_a_study_without_rates_needs_no_validation_rows(made_up, tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, rates=(), claims=[], arms=("ce", "kd"))
+    monkeypatch.setattr(energy_kd, "STUDIES", (study,))
+    reproduce.main(["energy_kd", "--out", str(tmp_path), "--config.data.validation_examples=0"])
+    assert made_up == ["whole"]
+    found = json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]
+    assert list(found["stages"]) == ["teacher", "ce", "kd"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Nothing was tuned: every arm has the learning rate of the config." in page
+    assert "the edge of those tried" not in page
 
 
 def test_the_shipped_studies_name_real_arms():

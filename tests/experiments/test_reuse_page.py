@@ -38,11 +38,14 @@ def test_the_page_runs(smoke, tmp_path, monkeypatch, capsys):
     for name, says in (("warm", "4 of 4 leaves taken"), ("new_head", "2 of 4 leaves taken")):
         assert list(jkd_train.finished_stages(tmp_path / "runs" / name)) == ["init_student", "teacher", "kd"]
         assert says in err
+    assert list(jkd_train.finished_stages(tmp_path / "runs" / "taught")) == ["teacher", "kd"]
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         code = code.replace("(5, 28, 28, 1)", "(5, 8, 8, 1)")  # the smoke run's images
         names: dict = {}
         exec(compile(code, "docs/reuse.md", "exec"), names)
         if "rows" in names:
             assert names["rows"]["logits"].shape == (5, 10)
-        else:
+        elif "report" in names:
             assert names["report"].summary() in code
+        else:
+            assert set(names["variables"]) == {"params", "batch_stats"}

@@ -8,8 +8,10 @@ import pytest
 from helpers_experiments import SMOKE, listing, published, run
 
 from experiments import cli, evaluate, predict, train
+from jkd import nn
 from jkd import train as jkd_train
 from jkd.interop.safetensors import save_safetensors
+from jkd.interop.torch import save_torch
 
 # Steps that change nothing: what was taken is what is published.
 STILL = ("arms.ce.lr=1e-30", "student.weight_decay=0", "only=ce")
@@ -52,10 +54,57 @@ def test_a_file_starts_all_seeds_but_for_what_rules_drop_and_a_teacher_goes_on(s
     assert "net/head/kernel" in out
 
 
+@pytest.fixture(scope="module")
+def torch_files(smoke, tmp_path_factory):
+    """The smoke run's teacher under PyTorch's names, and a student of 7 classes."""
+    folder = tmp_path_factory.mktemp("torch")
+    one = jax.tree.map(lambda x: x[1], published(smoke, "teacher"))
+    save_torch(folder / "teacher.safetensors", nn.mlp(10, hidden=(16,)), one)
+    seven = nn.mlp(7, hidden=(8,))
+    start = nn.init(seven, jax.random.key(3), (8, 8, 1))
+    save_torch(folder / "seven.safetensors", seven, start)
+    return folder, one, start
+
+
+def test_files_of_pytorch_are_the_teacher_and_the_start(torch_files, tmp_path, capsys):
+    folder, teacher, start = torch_files
+    sources = (f"teacher.workdir={folder / 'teacher.safetensors'}", f"student.init_from={folder / 'seven.safetensors'}")
+    workdir = run(tmp_path / "run", *STILL, *sources)
+    assert equal(published(workdir, "teacher"), teacher)
+    hidden = published(workdir, "ce")["params"]["hidden1"]
+    for k in range(2):
+        assert equal(jax.tree.map(lambda x, k=k: x[k], hidden), start["params"]["hidden1"])
+    assert "2 of 4 leaves taken (0 cast), 0 left as initialized, 2 of another shape" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["student.init_from=runs"], "student.init_from must be WORKDIR:STAGE or a .safetensors file, got 'runs'."),
+        (
+            ["teacher.workdir=FOLDER/seven.safetensors", "teacher.hidden=8,"],
+            "its head has [7] outputs, the config's [10]",
+        ),
+        (
+            ["teacher.workdir=FOLDER/teacher.safetensors", "teacher.hidden=9,"],
+            "fit this MLP by its jkd names: head.weight is [10, 16], not [10, 9]; hidden1.bias is [16], not [9]",
+        ),
+        (["teacher.workdir=FOLDER/none.pth"], "FOLDER/none.pth cannot be read: No such file"),
+        (["student.init_from=FOLDER/none.pt"], "FOLDER/none.pt cannot be read: No such file"),
+    ],
+)
+def test_files_of_pytorch_that_do_not_fit(changes, says, torch_files, refused, untouched):
+    argv = [f"--config.{change}".replace("FOLDER", str(torch_files[0])) for change in changes]
+    line = refused(train.main, "--config", SMOKE, "--workdir", untouched() / "run", "--config.only=ce", *argv)
+    assert says.replace("FOLDER", str(torch_files[0])) in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            ["student.init_from=runs"],
+            "student.init_from must be WORKDIR:STAGE or a .safetensors, .pth, .pt file, got 'runs'.",
+        ),
         (["student.init_from=/nowhere:kd"], "/nowhere holds no finished stage 'kd'"),
         (["student.init_from=SMOKE:kdd"], "Did you mean 'kd'?"),
         (["student.init_from=/nowhere/x.safetensors"], "/nowhere/x.safetensors cannot be read: No such file"),

@@ -1,0 +1,19 @@
+import jax
+import jaxtyping
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+@pytest.fixture
+def unchecked():
+    """Shape annotations off: what a user without the test hook meets is the library's own error."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="package")
+def over_devices():
+    """Splits the leading axis of arrays over 8 devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    return lambda *arrays: jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
