@@ -137,6 +137,8 @@ class Harmful:
         (gzip.compress(pickle.dumps(np.arange(99)))[:-9], "is damaged|cannot be read"),
         (pickle.dumps(np.arange(99)), "cannot be read"),
     ],
+    # Names: zipped bytes hold the time.
+    ids=("code", "list", "objects", "cut", "empty", "short", "plain"),
 )
 def test_pickles_are_not_trusted(tmp_path, content, message):
     path = tmp_path / "file.gz"
