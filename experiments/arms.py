@@ -78,7 +78,7 @@ SOFT: dict[str, Callable[[ConfigDict, Seen], jax.Array]] = {
     "value": _value,
     "rank": _rank,
 }
-UNLABELED = ("kd", "cosine", "cswt", "value", "rank")
+UNLABELED = tuple(name for name in SOFT if name != "dkd")
 
 
 def check(config: ConfigDict) -> None:
@@ -118,6 +118,8 @@ def _check_mix(config: ConfigDict, arm: ConfigDict, field: str) -> None:
         return
     if arm.mix == "high_energy" and not arm.high_rate > 0:
         raise UserError(f"{field}.high_rate must be > 0 where mix is 'high_energy', got {arm.high_rate}.")
+    if arm.mix == "high_energy" and arm.mixer == "strong":
+        raise UserError(f"{field}.mixer='strong' looks again at all images: set {field}.mix to 'all'.")
     if config.teacher.source == "cached":
         raise UserError(f"{field} mixes images, which cached logits do not cover: set teacher.source=live.")
     allowed = ("kd",) if arm.mix == "high_energy" else (*UNLABELED, "two_view")
@@ -239,7 +241,7 @@ def mix(
         index, weights = distill.select_high_energy(pick, distill.energy_score(logits), high, capacity)
     else:
         index, weights = jnp.arange(size), jnp.ones(size)
-    if arm.mixer == "cutout":  # one place for the whole batch, an eighth of the area or so
+    if arm.mixer == "cutout":  # 8 pixels of 32, one place for the whole batch
         return data.cutout(draw, images[index], images.shape[1] // 4, per_example=False), weights
     partners = distill.high_energy_partners(pair, weights)
     if arm.mixer == "mixup":

@@ -5,7 +5,6 @@ another teacher. Which classes are similar is decided by super-classes, or by a 
 compared takes part.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -132,8 +131,7 @@ def evaluator(setup: Setup, compared: Mapping[str, str], split: str) -> train.Ev
                 found |= {f"{name}_{group}{end}": value for end, value in numbers.items()}
         return found
 
-    source = functools.partial(setup.task.part, name=split, batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish)
+    return train.Evaluator(setup.rows(split), collect, finish)
 
 
 @jax.jit

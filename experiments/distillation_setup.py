@@ -74,6 +74,10 @@ class Setup:
         """Whether students see cached logits of the teachers."""
         return self.config.teacher.source == "cached"
 
+    def rows(self, name: str) -> Callable:
+        """The source of an evaluator: the "train", "validation" or "test" rows in order."""
+        return functools.partial(self.task.part, name=name, batch_size=self.config.eval_batch_size)
+
     def model(self, stage: str) -> Any:
         """The model that a stage trains."""
         return self.teachers.get(stage, self.student)

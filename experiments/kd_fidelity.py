@@ -81,8 +81,7 @@ def looks_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
         found = {f"{name}_{metric}": value for name in LOOKS for metric, value in summary(sums[name]).items()}
         return found | {"affinity": found["augmented_top1"] / max(found["clean_top1"], 1e-9)}
 
-    source = functools.partial(setup.task.part, name="test", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish)
+    return train.Evaluator(setup.rows("test"), collect, finish)
 
 
 def train_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
@@ -98,8 +97,7 @@ def train_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
     def finish(sums: Any) -> dict[str, float]:
         return {f"{name}_top1": 100 * float(sums[name]) / float(sums["total"]) for name in LOOKS}
 
-    source = functools.partial(setup.task.part, name="train", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish)
+    return train.Evaluator(setup.rows("train"), collect, finish)
 
 
 def look(model: Any, variables: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,5 @@
 """What is measured of every teacher and student beside their accuracy, by all distillation methods alike."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +48,7 @@ def energy_evaluator(setup: Setup, name: str) -> train.Evaluator:
             "accuracy_high_energy": 100 * float(rows["correct"][order[-third:]].mean()),
         }
 
-    source = functools.partial(setup.task.part, name="test", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish, kind="gather")
+    return train.Evaluator(setup.rows("test"), collect, finish, kind="gather")
 
 
 def group_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
@@ -74,8 +72,7 @@ def group_evaluator(setup: Setup, arm: ConfigDict) -> train.Evaluator:
     def finish(sums: Any) -> dict[str, float]:
         return {f"share_{name}": float(sums[name] / sums["total"]) for name in ("low", "high")}
 
-    source = functools.partial(setup.task.part, name="train", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, finish)
+    return train.Evaluator(setup.rows("train"), collect, finish)
 
 
 def agreement_evaluator(setup: Setup) -> train.Evaluator:
@@ -87,8 +84,7 @@ def agreement_evaluator(setup: Setup) -> train.Evaluator:
         each = [setup.teach(name, variables, images) for name, variables in consts["teachers"].items()]
         return agreement_sums(student, each, batch["label"], mask)
 
-    source = functools.partial(setup.task.part, name="test", batch_size=setup.config.eval_batch_size)
-    return train.Evaluator(source, collect, agreement)
+    return train.Evaluator(setup.rows("test"), collect, agreement)
 
 
 def agreement_sums(student: Any, teachers: Sequence[Any], labels: Any, mask: Any) -> dict[str, Any]:

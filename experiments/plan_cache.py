@@ -35,14 +35,14 @@ def key_of(config: Any, topology: str, stage: str) -> str:
         "flags": {name: os.environ.get(name) for name in FLAGS},
         "source": _source(),
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return digest(decides)
 
 
 def load(key: str) -> dict[str, Any] | None:
     """The plan of this name; None where there is none, or it is damaged."""
     try:
         entry = json.loads((folder() / f"{key}.json").read_text())
-        return entry["plan"] if entry["sha256"] == _digest(entry["plan"]) else None
+        return entry["plan"] if entry["sha256"] == digest(entry["plan"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -52,12 +52,13 @@ def save(key: str, plan: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".part", delete=False) as file:
-            json.dump({"sha256": _digest(plan), "plan": plan}, file)
+            json.dump({"sha256": digest(plan), "plan": plan}, file)
         pathlib.Path(file.name).replace(folder() / f"{key}.json")
 
 
-def _digest(plan: Any) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """A name for what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

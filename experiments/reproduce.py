@@ -7,7 +7,6 @@ Writes OUT/results.json and OUT/report.html. --config.NAME=VALUE changes a field
 does all the work, on all of its devices.
 """
 
-import hashlib
 import importlib
 import json
 import time
@@ -18,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import cli, html, train
+from experiments.plan_cache import digest
 from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
 from jkd.train import Preempted, forget_programs
@@ -157,7 +157,7 @@ def cell_config(config: ConfigDict) -> ConfigDict:
 def identity(config: ConfigDict) -> str:
     """Eight digits that stand for what a cell computes."""
     fields = config.to_dict() | {"loop": None, "mesh": None, "data": config.data.to_dict() | {"data_dir": None}}
-    return hashlib.sha256(json.dumps(jsonable(fields), sort_keys=True).encode()).hexdigest()[:8]
+    return digest(jsonable(fields))[:8]
 
 
 if __name__ == "__main__":

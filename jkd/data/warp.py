@@ -5,6 +5,7 @@ Images are [batch, height, width, channel]; bytes come back as bytes, rounded to
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from jkd.checks import check_share
@@ -28,22 +29,17 @@ def random_rotation(key: PRNGKeyArray, images: Images, degrees: float) -> Images
 
 def rotated(images: Images, angles: Float[Array, " batch"]) -> Images:
     """Images rotated counter-clockwise by `angles` (radians) about their centers, bilinear, zeros outside."""
-    batch, height, width, channels = images.shape
-    y, x = (jnp.arange(side)[None] - (side - 1) / 2 for side in (height, width))
-    y, x = y[:, :, None], x[:, None, :]
-    cos, sin = (fn(angles)[:, None, None] for fn in (jnp.cos, jnp.sin))
-    # Where each pixel comes from.
-    rows, columns = cos * y + sin * x + (height - 1) / 2, cos * x - sin * y + (width - 1) / 2
-    top, left = jnp.floor(rows), jnp.floor(columns)
-    flat = images.reshape(batch, height * width, channels).astype(jnp.float32)
-    total = jnp.zeros(images.shape, jnp.float32)
-    for row in (top, top + 1):
-        for column in (left, left + 1):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            weight = jnp.where(inside, (1 - jnp.abs(rows - row)) * (1 - jnp.abs(columns - column)), 0)
-            place = jnp.where(inside, row * width + column, 0).astype(jnp.int32).reshape(batch, -1, 1)
-            total += weight[..., None] * jnp.take_along_axis(flat, place, axis=1).reshape(images.shape)
-    return _like(images, total)
+    bottom, right = ((side - 1) / 2 for side in images.shape[1:3])
+    y, x = jnp.arange(images.shape[1])[:, None] - bottom, jnp.arange(images.shape[2])[None] - right
+
+    def one(image: Array, angle: Array) -> Array:
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        # Where each pixel comes from.
+        place = [cos * y + sin * x + bottom, cos * x - sin * y + right]
+        return map_coordinates(image, place, order=1)
+
+    channels = jax.vmap(one, in_axes=(-1, None), out_axes=-1)
+    return _like(images, jax.vmap(channels)(images.astype(jnp.float32), angles))
 
 
 def random_resized_crop(key: PRNGKeyArray, images: Images, size: int, area: float = 0.08) -> Resized:
