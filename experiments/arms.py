@@ -7,6 +7,7 @@ whatever a paper calls a method is a choice of each.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -122,6 +123,8 @@ def _check_mix(config: ConfigDict, arm: ConfigDict, field: str) -> None:
         raise UserError(f"{field}.mixer='strong' looks again at all images: set {field}.mix to 'all'.")
     if config.teacher.source == "cached":
         raise UserError(f"{field} mixes images, which cached logits do not cover: set teacher.source=live.")
+    if arm.mix_group < 1:
+        raise UserError(f"{field}.mix_group must be >= 1 images, got {arm.mix_group}.")
     allowed = ("kd",) if arm.mix == "high_energy" else (*UNLABELED, "two_view")
     if not any(arm.weights[name] for name in allowed):
         raise UserError(f"{field}.weights: mix={arm.mix!r} needs a weight > 0 for one of {', '.join(allowed)}.")
@@ -204,10 +207,23 @@ def find_thresholds(setup: Setup, arm: ConfigDict, consts: Any, key: Any, sweep:
             energies = distill.energy_score(jnp.asarray(consts["logits"][name]).reshape(-1, setup.task.num_classes))
         else:
             source = setup.task.source(consts, batch_size(setup.config, arm))
-            energies = sweep(setup.energies[name, arm.view], consts["teachers"][name], source, key)
+            of, seen = teacher_energies(setup, arm, name, consts)
+            energies = sweep(of, seen, source, key)
         limits = distill.energy_thresholds(jnp.asarray(energies), arm.low_rate, arm.high_rate)
         found[name] = dict(limits._asdict())
     return {"thresholds": found}
+
+
+def teacher_energies(setup: Setup, arm: ConfigDict, name: str, consts: Any) -> tuple[Callable, Any]:
+    """For `sweep`: the energies of the logits that an arm sees of a teacher, and what they are computed from."""
+    if not arm.prune_rate:
+        return setup.energies[name, arm.view], consts["teachers"][name]
+
+    def energies(args: Any, batch: Any, key: jax.Array) -> jax.Array:
+        images = setup.views[arm.view].train(key, batch["image"])
+        return distill.energy_score(dst.live_logits(setup, arm, args, images)[name])
+
+    return energies, {part: {name: consts[part][name]} for part in ("teachers", "pruned")}
 
 
 def group_shares(arm: ConfigDict, teachers: Mapping[str, Any], consts: Any) -> dict[str, jax.Array]:
@@ -228,20 +244,32 @@ def group_shares(arm: ConfigDict, teachers: Mapping[str, Any], consts: Any) -> d
 def mix(
     arm: ConfigDict, key: jax.Array, batch: Mapping[str, Any], teachers: Mapping[str, Any], consts: Any
 ) -> tuple[Any, Any]:
-    """The augmented images of a step, and their weights: of the uncertain examples, or of all."""
-    images = batch["image"]
+    """The augmented images of a step, and their weights: of the uncertain examples, or of all.
+
+    Images are picked and mixed among neighbours of the batch that one device holds, so that none has to travel:
+    `mix_group` of them, or more where that does not divide the batch.
+    """
     if arm.mixer == "strong":
-        return batch["second"], jnp.ones(len(images))
+        return batch["second"], jnp.ones(len(batch["image"]))
+    name, logits = next(iter(teachers.items()))
+    rows = {"image": batch["image"], "energy": distill.energy_score(logits)}
+    groups = math.gcd(len(logits), max(1, len(logits) // arm.mix_group))
+    parts = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), rows)
+    high = consts["thresholds"][name]["high"] if arm.mix == "high_energy" else None
+    mixed = jax.vmap(functools.partial(mix_neighbours, arm, high))(jax.random.split(key, groups), parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mixed)
+
+
+def mix_neighbours(arm: ConfigDict, e_high: Any, key: jax.Array, rows: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    """`mix` for one group of images."""
+    images, size = rows["image"], len(rows["image"])
     pick, pair, draw = jax.random.split(key, 3)
-    size = len(images)
     if arm.mix == "high_energy":
         capacity = distill.high_energy_capacity(arm.high_rate, size)
-        name, logits = next(iter(teachers.items()))
-        high = consts["thresholds"][name]["high"]
-        index, weights = distill.select_high_energy(pick, distill.energy_score(logits), high, capacity)
+        index, weights = distill.select_high_energy(pick, rows["energy"], e_high, capacity)
     else:
         index, weights = jnp.arange(size), jnp.ones(size)
-    if arm.mixer == "cutout":  # 8 pixels of 32, one place for the whole batch
+    if arm.mixer == "cutout":  # 8 pixels of 32, one place for the whole group
         return data.cutout(draw, images[index], images.shape[1] // 4, per_example=False), weights
     partners = distill.high_energy_partners(pair, weights)
     if arm.mixer == "mixup":

@@ -51,6 +51,7 @@ def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
     config.pruned_statistics = "running"  # or batch: what batch norm of the pruned copy uses
     config.mix = "none"  # which images are seen again, augmented: all, or the high_energy ones
     config.mixer = "cutmix"  # mixup, cutout, or strong: data.strong of the same images
+    config.mix_group = 64  # images are mixed among so many neighbours: at most what one device holds
     config.mask_mode = "scale"  # of two_view; or select
     config.update(changes)
     return config

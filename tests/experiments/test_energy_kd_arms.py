@@ -114,6 +114,28 @@ def test_all_images_are_mixed():
     assert len(orders) > 8
 
 
+@pytest.mark.parametrize("name", ["kd_he_da", "kd_cutmix"])
+def test_neighbours_are_mixed_and_no_image_travels(name):
+    made = arm(name, mix_group=4, high_rate=1.0)
+    many = jnp.arange(1.0, 65)[:, None, None, None] * jnp.ones((64, 6, 6, 1))
+    logits = {"teacher": jnp.zeros((64, 3))}
+    limits = {"thresholds": {"teacher": {"low": jnp.float32(-100), "high": jnp.float32(-50)}}}
+    mix = jax.jit(lambda key, image, logits: arms.mix(made, key, {"image": image}, logits, limits))
+    mixed, weights = mix(jax.random.key(0), many, logits)
+    assert weights.tolist() == [1] * 64
+    own = (np.asarray(mixed).reshape(16, -1) - 1) // 4  # the group that a pixel comes from
+    np.testing.assert_array_equal(own, np.arange(16)[:, None] * np.ones_like(own))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    spread = jax.device_put((many, logits), over)
+    program = mix.lower(jax.random.key(0), *spread).compile()
+    again, _ = program(jax.random.key(0), *spread)
+    np.testing.assert_array_equal(again, mixed)
+    assert again.sharding.is_equivalent_to(over, 4)
+    collectives = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    assert [line for line in program.as_text().splitlines() if any(f" {one}(" in line for one in collectives)] == []
+
+
 # --- what a step sees ---
 
 
@@ -163,6 +185,22 @@ def test_thresholds_are_those_of_augmented_views_in_training_batches(setup, teac
     np.testing.assert_allclose(found, distill.energy_score(setup.teach("teacher", teacher, moved)), rtol=1e-6)
     plain = distill.energy_score(setup.teach("teacher", teacher, setup.views["weak"].plain(batch["image"])))
     assert np.abs(np.asarray(found - plain)).max() > 1e-3
+
+
+def test_thresholds_are_those_of_the_logits_that_an_arm_sees(setup, teacher, batch):
+    made = arm("energy_kd", prune_rate=0.5, teacher_weight=0.6)
+    pruned = distillation.pruned(teacher, 0.5)
+    consts = {"teachers": {"teacher": teacher}, "pruned": {"teacher": pruned}, "rows": {"train": np.arange(40)}}
+    swept = []
+
+    def sweep(fn, args, source, key):
+        swept.append(fn(args, batch, key))
+        return np.asarray(swept[0])
+
+    arms.find_thresholds(setup, made, consts | {"order": 7}, jax.random.key(2), sweep)
+    images = setup.views["weak"].train(jax.random.key(2), batch["image"])
+    mixed = 0.6 * setup.teach("teacher", teacher, images) + 0.4 * setup.teach("teacher", pruned, images)
+    np.testing.assert_allclose(swept[0], distill.energy_score(mixed), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "weight"), [("kd_he_da", 0.9), ("kd_cutmix", 0.9), ("kd_he_da", 2.0)])
