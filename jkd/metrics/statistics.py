@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from jkd.errors import UserError
 
@@ -71,7 +71,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     # The mean of equal values may be off by a rounding; the spread must then be 0, not 1e-17.
     mean = float(x[0] if np.ptp(x) == 0 else x.mean())
     error = float(np.sqrt(np.sum((x - mean) ** 2) / (x.size - 1) / x.size))
-    half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1)) * error
+    half = float(special.stdtrit(x.size - 1, (1 + confidence) / 2)) * error
     return Interval(mean, mean - half, mean + half, error, x.size)
 
 
@@ -88,7 +88,7 @@ def _t_test_p(interval: Interval, margin: float) -> float:
     distance = abs(interval.mean + margin)
     if interval.standard_error == 0:
         return 1.0 if distance == 0 else 0.0
-    return float(2 * stats.t.sf(distance / interval.standard_error, interval.n - 1))
+    return float(2 * special.stdtr(interval.n - 1, -distance / interval.standard_error))
 
 
 def paired_difference(
@@ -133,7 +133,13 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     first, second = _pair(a, b)
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
-    return float(stats.spearmanr(first, second).statistic)
+    return float(np.corrcoef(_mean_ranks(first), _mean_ranks(second))[0, 1])
+
+
+def _mean_ranks(x: np.ndarray) -> np.ndarray:
+    # scipy.stats.rankdata; that module takes longer to import than JAX does.
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def holm(p_values: ArrayLike) -> Float[np.ndarray, "tests"]:

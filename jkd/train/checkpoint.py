@@ -162,9 +162,10 @@ def save_plain(directory: epath.Path, tree: Any, meta: dict[str, Any], *, mesh: 
     info = {"structure": structure, "names": names, "leaves": inspect_tree(arrays), "keys": keys, **meta}
     items: dict[str, Any] = {"meta": ocp.args.JsonSave(sealed(info))}
     if arrays:
-        items["arrays"] = ocp.args.StandardSave(arrays)
+        items["arrays"] = ocp.args.PyTreeSave(arrays)
     _remove_unfinished(directory)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    handlers = {"arrays": _arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         checkpointer.save(directory, args=ocp.args.Composite(**items))
 
 
@@ -174,6 +175,13 @@ def _layout(names: list[str], keys: list[str | None], shapes: list[tuple[int, ..
         sharding_of(name, shape, mesh, () if key else rules)
         for name, key, shape in zip(names, keys, shapes, strict=True)
     ]
+
+
+def _arrays_handler() -> ocp.PyTreeCheckpointHandler:
+    # Orbax divides an array among the devices with a copy, by one compiled slice for every shape: pays from a MiB on.
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _remove_unfinished(directory: epath.Path) -> None:
@@ -255,7 +263,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
-        return ocp.CheckpointManager(self._directory, options=options)
+        handlers = {"state": _arrays_handler(), "meta": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, tree: Any, meta: dict[str, Any]) -> int:
         """Starts writing `tree` and JSON-able `meta` as checkpoint `step`; returns the one before, now complete.
@@ -269,7 +278,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_raw(tree)), meta=ocp.args.JsonSave(sealed({"leaves": leaves, **meta}))
+                state=ocp.args.PyTreeSave(_raw(tree)), meta=ocp.args.JsonSave(sealed({"leaves": leaves, **meta}))
             ),
             force=True,
         )
@@ -319,7 +328,8 @@ class Checkpoints:
         meta = check_meta(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta)
         raw = jax.tree.map(_raw_target, target)
         _check_leaves(raw, meta["leaves"], self._directory / str(step))
-        tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(raw))).state
+        how = ocp.args.PyTreeRestore(raw, restore_args=ocp.checkpoint_utils.construct_restore_args(raw))
+        tree = self._manager.restore(step, args=ocp.args.Composite(state=how)).state
         _verify(tree, meta["leaves"])
         return _cooked(tree, target), meta
 

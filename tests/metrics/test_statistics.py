@@ -109,6 +109,7 @@ def test_spearman_sees_ranks_only(a, b):
     assert spearman(b, a) == pytest.approx(rho, abs=1e-12)
     assert spearman(a**3, b) == pytest.approx(rho, abs=1e-12)
     assert spearman(-a, b) == pytest.approx(-rho, abs=1e-12)
+    assert rho == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
 
 
 def test_holm_by_hand():
