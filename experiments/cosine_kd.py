@@ -6,7 +6,7 @@ made of the terms "cosine" (one temperature), "cswt" (temperatures by the simila
 """
 
 from experiments.arms import BASELINE, predictor, stages
-from experiments.studies import Claim, Study
+from experiments.studies import HARD_RATES, RATES, Claim, Study
 
 __all__ = ["BASELINE", "STUDIES", "predictor", "stages"]
 COSINE = "agreement/class_cosine"
@@ -26,6 +26,6 @@ CLAIMS = (
     Claim("the two-view recipe beats one view (it sees twice the images)", better="cskd_two_view", worse="cskd_cswt"),
 )
 STUDIES = (
-    Study("digits", "configs/cosine_kd.py", (0.001, 0.003, 0.01, 0.03, 0.1), 4, CLAIMS),
-    Study("hard", "configs/cosine_kd.py:hard", (0.02, 0.06, 0.2), 2, CORE, ("ce", "kd", "cskd", "cskd_cswt")),
+    Study("digits", "configs/cosine_kd.py", RATES, 4, CLAIMS),
+    Study("hard", "configs/cosine_kd.py:hard", HARD_RATES, 2, CORE, ("ce", "kd", "cskd", "cskd_cswt")),
 )

@@ -161,6 +161,7 @@ def hard(config: ConfigDict) -> None:
     config.data.mean, config.data.std = (0.25,), (0.35,)
     config.data.weak = augmentation(shift=2)
     config.data.strong = augmentation(shift=3, cutout=8)
+    config.data.resize = 14  # as well told apart by these networks as 28, in less than half the time
     config.teacher.update({"model": "cnn", "width": 16, "epochs": 24.0, "lr": 0.2})
     config.student.update({"model": "cnn", "width": 6})
     for one in config.arms.values():

@@ -64,7 +64,10 @@ CLAIMS = (
         inside=(0.28, 0.32),
     ),
 )
+# Without training for longer, by KD or Energy KD, and what is compared with it.
+HARD = ("ce", "kd", "energy_kd", "energy_kd_reversed", "dkd", "energy_dkd", "kd_cutmix", "kd_he_da")
+HARD_CLAIMS = tuple(claim for claim in CLAIMS if not {claim.better, claim.worse} & {"kd_long", "energy_kd_long"})
 STUDIES = (
-    studies.Study("digits", "configs/energy_kd.py", (0.001, 0.003, 0.01, 0.02, 0.05, 0.1), 4, CLAIMS),
-    studies.Study("hard", "configs/energy_kd.py:hard", (0.02, 0.06, 0.2), 2, CLAIMS),
+    studies.Study("digits", "configs/energy_kd.py", studies.RATES, 4, CLAIMS),
+    studies.Study("hard", "configs/energy_kd.py:hard", studies.HARD_RATES, 2, HARD_CLAIMS, HARD),
 )

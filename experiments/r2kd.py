@@ -6,7 +6,7 @@ and "rank" (rank correlation; with hard ranks it has no gradient, which is what 
 """
 
 from experiments.arms import BASELINE, predictor, stages
-from experiments.studies import Claim, Study
+from experiments.studies import HARD_RATES, RATES, Claim, Study
 
 __all__ = ["BASELINE", "STUDIES", "predictor", "stages"]
 
@@ -35,6 +35,6 @@ DIGITS = ("ce", "kd", "kd_mixup", "kd_cutmix", "r2kd_value", "r2kd", "r2kd_soft"
 BATCH = Claim("batch statistics in the pruned copy add to R2KD", "used, not compared", "r2kd_batch_statistics", "r2kd")
 HARD = ("ce", "kd", "kd_cutmix", "r2kd_value", "r2kd", "r2kd_batch_statistics", "r2kd_cutmix")
 STUDIES = (
-    Study("digits", "configs/r2kd.py", (0.001, 0.003, 0.01, 0.03, 0.1), 4, CLAIMS, DIGITS),
-    Study("hard", "configs/r2kd.py:hard", (0.02, 0.06, 0.2), 2, (*CORE, BATCH), HARD),
+    Study("digits", "configs/r2kd.py", RATES, 4, CLAIMS, DIGITS),
+    Study("hard", "configs/r2kd.py:hard", HARD_RATES, 2, (*CORE, BATCH), HARD),
 )
