@@ -43,22 +43,25 @@ clean:  ## remove what the other targets made: environments, runs, caches
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.jkd-run: $(INPUTS)
-	@test -x .venv/bin/pip || { \
-	  for python in $(PYTHONS); do \
-	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	      exec "$$python" -m venv .venv; \
-	    fi; \
-	  done; \
-	  echo "jkd needs Python 3.11 or newer: install it, or name one with PYTHONS=/path/to/python." >&2; \
-	  exit 1; }
+.venv/bin/pip:
+	@for python in $(PYTHONS); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    exec "$$python" -m venv .venv; \
+	  fi; \
+	done; \
+	echo "jkd needs Python 3.11 or newer: install it, or name one with PYTHONS=/path/to/python." >&2; \
+	exit 1
+
+.venv/.jkd-run: $(INPUTS) | .venv/bin/pip
 	@echo "Installing jkd into .venv (about a minute, once)"
 	.venv/$(PIP_INSTALL) --editable .
 	@touch $@
 
-.venv/.jkd-dev: .venv/.jkd-run
+# With what runs need: one installation, not two that look everything up.
+.venv/.jkd-dev: $(INPUTS) | .venv/bin/pip
+	@echo "Installing jkd and its tools into .venv (about a minute, once)"
 	.venv/$(PIP_INSTALL) --editable '.[dev]'
-	@touch $@
+	@touch $@ .venv/.jkd-run
 
 # One line "version path" a candidate that runs, is a final release and is new enough; the newest wins.
 .venv-next/.jkd-dev: $(INPUTS)

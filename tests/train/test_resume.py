@@ -33,7 +33,7 @@ ALL_MOMENTS = (
     "after:student-outcome",
 )
 # One of each kind, unless all are asked for: every start of a process takes seconds.
-SOME_MOMENTS = ("save:teacher-10", "kill-pass:2", "before:teacher-outcome", "before:student-consts", "save:student-20")
+SOME_MOMENTS = ("save:teacher-10", "kill-pass:2", "before:student-consts", "save:student-20")
 MOMENTS = ALL_MOMENTS if os.environ.get("JKD_ALL_FAULTS") else SOME_MOMENTS
 
 
