@@ -98,7 +98,9 @@ def test_color_jitter_by_hand(monkeypatch):
     grey = flat @ [0.299, 0.587, 0.114]
     expected = np.clip(2 * flat - grey[:, None], 0, 255)
     np.testing.assert_array_equal(np.asarray(colored)[0, 0], np.round(expected))
-    np.testing.assert_array_equal(np.asarray(one)[0, 0, :, 0], [round(0.5 * 150 + 0.5 * 202.5), round(0.5 * 255 + 0.5 * 202.5)])
+    np.testing.assert_array_equal(
+        np.asarray(one)[0, 0, :, 0], [round(0.5 * 150 + 0.5 * 202.5), round(0.5 * 255 + 0.5 * 202.5)]
+    )
 
 
 def test_nothing_to_do_is_the_identity(images):

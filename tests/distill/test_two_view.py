@@ -86,8 +86,9 @@ def test_the_recipe_in_loops(batch, mode):
 
 
 def test_weights_and_terms(batch):
-    terms = jax.tree.map(np.asarray, cskd_two_view_terms(*batch, weight=3.0))
-    np.testing.assert_array_equal(terms.temperature, cswt_temperature(batch[0], batch[2]))
+    both = jax.jit(lambda *batch: (cskd_two_view_terms(*batch, weight=3.0), cswt_temperature(batch[0], batch[2])))
+    terms, chosen = jax.tree.map(np.asarray, both(*batch))
+    np.testing.assert_array_equal(terms.temperature, chosen)
     strong = sum(float(cosine_loss(batch[1], batch[3], t, weight=3.0)) for t in (4.0, terms.temperature))
     assert terms.cosine_strong == pytest.approx(strong, rel=1e-5)
     weights = {"ce_weight": 0.5, "kd_weight": 2.0, "correlation_weight": 5.0}
