@@ -3,8 +3,8 @@
     python -m experiments.reproduce energy_kd --out runs/reproduce [--budget MINUTES] [--jobs N]
 
 Every cell of a study is a run of its own below OUT/cells: what is finished is kept, what was interrupted goes on.
-Writes OUT/results.json and OUT/report.html. --config.NAME=VALUE changes a field of every study's config. On a CPU cells
-run in several processes at once.
+Writes OUT/results.json, OUT/report.html and OUT/claims.md. --config.NAME=VALUE changes a field of every study's config.
+On a CPU cells run in several processes at once.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from experiments import cells, cli, html
+from experiments import cells, cli, html, markdown
 from experiments.cells import Cell
 from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
@@ -114,6 +114,7 @@ def reproduce(
                     console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
                 write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
                 write_text(out / "report.html", html.page(results))
+                write_text(out / "claims.md", markdown.page(results))
     html.print_claims(results)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     return results

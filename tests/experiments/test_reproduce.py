@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import cells, cli, cosine_kd, energy_kd, html, reproduce, studies
+from experiments import cells, cli, cosine_kd, energy_kd, html, markdown, reproduce, studies
 from experiments.distillation_setup import selected_arms
 from jkd.errors import UserError
 from jkd.train import NonFiniteError, Preempted
@@ -195,6 +195,15 @@ def test_the_page_escapes_and_holds_every_claim():
     assert "src='data:image/png;base64,iVBOR" in page
     assert page.count("(the edge of those tried)") == 1
     assert page.count("http") == 0  # nothing is loaded from elsewhere
+    lines = markdown.page(
+        {"energy_kd": {"digits": good, "large": {"config": "b.py", "not_run": "no data"}}}
+    ).splitlines()
+    wanted = "| <b>ours</b> & theirs | no figure | +2.00 | +1.75 .. +2.25 | P | 0.500 | 3 | holds |"
+    assert wanted.replace("P", f"{rows[0]['p_value']:.3f}") in lines
+    assert "| third | no figure | +0.00 | -0.25 .. +0.25 |  | 0.500 | 3 | not at this scale |" in lines
+    assert "| `kd` | 0.01 | 50.00 |" in lines
+    assert "| `teacher` |  | 50.00 |" in lines
+    assert lines[-3:] == ["### large: `b.py`", "", "Not run: no data"]
 
 
 @pytest.fixture
