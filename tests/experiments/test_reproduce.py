@@ -200,7 +200,7 @@ def test_the_page_escapes_and_holds_every_claim():
     ).splitlines()
     wanted = "| <b>ours</b> & theirs | no figure | +2.00 | +1.75 .. +2.25 | P | 0.500 | 3 | holds |"
     assert wanted.replace("P", f"{rows[0]['p_value']:.3f}") in lines
-    assert "| third | no figure | +0.00 | -0.25 .. +0.25 |  | 0.500 | 3 | not at this scale |" in lines
+    assert "| third | no figure | +0.00 | -0.25 .. +0.25 |  |  | 3 | not at this scale |" in lines
     assert "| `kd` | 0.01 | 50.00 |" in lines
     assert "| `teacher` |  | 50.00 |" in lines
     assert lines[-3:] == ["### large: `b.py`", "", "Not run: no data"]
