@@ -41,12 +41,13 @@ def _study(study: Mapping[str, Any]) -> list[str]:
 def _claim(row: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = row["interval"]
     p_values = ("" if row.get(name) is None else f"{row[name]:.3f}" for name in ("p_value", "p_holm"))
-    effect = (_signed(row["effect"]), f"{_signed(low)} .. {_signed(high)}")
-    return (row["claim"], row["paper"], *effect, *p_values, str(row["seeds"]), row["verdict"])
+    digits = 2 if high - low > 0.05 else 4  # percentage points, or a share
+    effect, low, high = (_signed(x, digits) for x in (row["effect"], low, high))
+    return (row["claim"], row["paper"], effect, f"{low} .. {high}", *p_values, str(row["seeds"]), row["verdict"])
 
 
-def _signed(x: float) -> str:
-    return f"{round(x, 2) + 0:+.2f}"  # never -0.00
+def _signed(x: float, digits: int) -> str:
+    return f"{round(x, digits) + 0:+.{digits}f}"  # never -0.00
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
