@@ -1,26 +1,25 @@
 """Tests the claims of the papers: tuned arms, paired seeds, intervals, a verdict each.
 
-    python -m experiments.reproduce energy_kd --out runs/reproduce [--budget MINUTES]
+    python -m experiments.reproduce energy_kd --out runs/reproduce [--budget MINUTES] [--jobs N]
 
 Every cell of a study is a run of its own below OUT/cells: what is finished is kept, what was interrupted goes on.
-Writes OUT/results.json and OUT/report.html. --config.NAME=VALUE changes a field of every study's config; one process
-does all the work, on all of its devices.
+Writes OUT/results.json, OUT/report.html and OUT/claims.md. --config.NAME=VALUE changes a field of every study's config.
+On a CPU cells run in several processes at once.
 """
 
 import importlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
-from experiments import cli, html, train
-from experiments.plan_cache import digest
+from experiments import cells, cli, html, markdown
+from experiments.cells import Cell
 from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
-from jkd.train import Preempted, forget_programs
+from jkd.train import Preempted
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import check_writable, folder_of, write_text
 
@@ -28,15 +27,12 @@ METHODS = ("kd_fidelity", "label_smoothing_kd", "energy_kd", "cosine_kd", "r2kd"
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
 
 
-class OutOfTimeError(UserError):
-    """The budget ends before the next cell."""
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__, config=False, processes=False)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of: {', '.join(METHODS)}; all by default")
     parser.add_argument("--out", required=True, type=epath.Path, help="folder of the report and the cells")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no cell after so many minutes")
+    parser.add_argument("--jobs", type=int, metavar="N", help="cells at once (on a CPU by default one a core)")
     args, overrides = cli.parse(parser, argv)
     for method in args.methods:
         if method not in METHODS:
@@ -44,9 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     check(args.methods or METHODS, overrides)
     if args.budget is not None and not args.budget >= 0:
         raise UserError(f"--budget must be >= 0 minutes, got {args.budget}.")
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--jobs must be >= 1, got {args.jobs}.")
     cli.use_compilation_cache()
     deadline = None if args.budget is None else time.monotonic() + 60 * args.budget
-    reproduce(args.methods or METHODS, args.out, deadline, overrides)
+    reproduce(args.methods or METHODS, args.out, deadline, overrides, args.jobs or cells.default_jobs())
 
 
 def studies_of(method: str) -> Any:
@@ -91,7 +89,11 @@ def earlier_results(out: epath.Path) -> dict[str, Any]:
 
 
 def reproduce(
-    methods: Any, out: epath.Path, deadline: float | None = None, overrides: Mapping[str, Any] | None = None
+    methods: Any,
+    out: epath.Path,
+    deadline: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Runs the studies of the methods and writes the report; a study that cannot run says why.
 
@@ -99,37 +101,40 @@ def reproduce(
     """
     out = folder_of(out)
     results = earlier_results(out)
-    for method in methods:
-        for study in studies_of(method):
-            found = _study(method, study, out, deadline, overrides or {})
-            kept = results.setdefault(method, {})
-            if "claims" in found or "claims" not in kept.get(study.name, {}):
-                kept[study.name] = found
-            else:
-                console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
-            write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
-            write_text(out / "report.html", html.page(results))
+    if jobs > 1:
+        overrides = {"loop.progress": False, **(overrides or {})}  # bars of several processes
+    with cells.workers(jobs) as run_cells:
+        for method in methods:
+            for study in studies_of(method):
+                found = _study(method, study, out, deadline, overrides or {}, run_cells)
+                kept = results.setdefault(method, {})
+                if "claims" in found or "claims" not in kept.get(study.name, {}):
+                    kept[study.name] = found
+                else:
+                    console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
+                write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
+                write_text(out / "report.html", html.page(results))
+                write_text(out / "claims.md", markdown.page(results))
     html.print_claims(results)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     return results
 
 
 def _study(
-    method: str, study: Study, out: epath.Path, deadline: float | None, overrides: Mapping[str, Any]
+    method: str,
+    study: Study,
+    out: epath.Path,
+    deadline: float | None,
+    overrides: Mapping[str, Any],
+    run_cells: Callable,
 ) -> dict[str, Any]:
-    def run(cell: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        config = cell_config(cli.load_config(study.config, {**overrides, **changes}))
-        workdir = out / "cells" / f"{cell}-{identity(config)}"
-        finished = workdir / "results.json"
-        if not finished.exists() and deadline is not None and time.monotonic() > deadline:
-            raise OutOfTimeError(f"stopped by --budget before cell {cell}; run the same command again to go on")
-        console.print(f"[bold]{method}/{study.name}/{cell}[/bold]")
-        if finished.exists():
-            return {"workdir": str(workdir), **json.loads(finished.read_text())}
-        try:
-            return {"workdir": str(workdir), **train.run(config, str(workdir), show=False)}
-        finally:
-            forget_programs()  # of hundreds of cells, one process could not keep them all
+    def run(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        folder = str(out / "cells")
+        made = [
+            Cell(name, f"{method}/{study.name}/{name}", study.config, {**overrides, **changes}, folder, deadline)
+            for name, changes in cells.items()
+        ]
+        return dict(zip(cells, run_cells(made), strict=True))
 
     try:
         config = cli.load_config(study.config, overrides)
@@ -140,24 +145,6 @@ def _study(
     except UserError as error:
         console.print(f"{method}/{study.name}: {error}", soft_wrap=True)
         return {"config": study.config, "not_run": str(error)}
-
-
-def cell_config(config: ConfigDict) -> ConfigDict:
-    """The config of a cell without what it does not use: equal cells of two methods are then one.
-
-    The method is the module that makes its stages; arms and teachers that do not run are left out.
-    """
-    config.method = cli.experiment(config).stages.__module__.rpartition(".")[2]
-    used = {name for arm in config.only if arm in config.arms for name in config.arms[arm].teachers}
-    for section, names in (("arms", config.only), ("teachers", {*config.only, *used})):
-        config[section] = ConfigDict({name: one for name, one in config[section].items() if name in names})
-    return config
-
-
-def identity(config: ConfigDict) -> str:
-    """Eight digits that stand for what a cell computes."""
-    fields = config.to_dict() | {"loop": None, "mesh": None, "data": config.data.to_dict() | {"data_dir": None}}
-    return digest(jsonable(fields))[:8]
 
 
 if __name__ == "__main__":

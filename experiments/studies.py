@@ -123,37 +123,49 @@ def best_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
 
 def run_study(
     study: Study,
-    run: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+    run: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]],
     teachers: Sequence[str],
     arms: Sequence[str],
 ) -> dict[str, Any]:
-    """Runs the cells of a study through `run(cell name, overrides) -> results`, and judges its claims.
+    """Runs the cells of a study through `run({cell: overrides}) -> {cell: results}`, and judges its claims.
 
     Cells: the teachers for tuning and those for the final runs, every arm at every rate on the tuning seeds, every
     tuned arm on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and
-    the rates are chosen by validation rows: no test row decides anything. Without rates there is one cell.
+    the rates are chosen by validation rows: no test row decides anything. Without rates there is one cell. A cell that
+    diverged is a `NonFiniteError` in place of its results.
     """
     if not study.rates:
-        return _judged(study, run("whole", {"only": (*teachers, *arms)})["stages"], {}, {})
+        return _judged(study, _sound(run({"whole": {"only": (*teachers, *arms)}}))["whole"]["stages"], {}, {})
     tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
-    taught = run("tuning-teachers", {**tuning, "only": tuple(teachers)})
+    only = {"only": tuple(teachers)}
+    taught = _sound(run({"tuning-teachers": {**tuning, **only}, "teachers": only}))
 
-    def score(arm: str, rate: float) -> float:
-        changes = {**tuning, "only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": taught["workdir"]}
-        try:
-            stages = run(f"tuning-{arm}-{rate:g}", changes)["stages"]
-        except NonFiniteError:  # this arm diverges at this rate: a result like any other
-            return -np.inf
-        return float(np.mean(stages[arm]["metrics"][TUNE]))
+    def student(arm: str, rate: float, teacher: str) -> dict[str, Any]:
+        return {"only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": taught[teacher]["workdir"]}
 
-    scores = {arm: {rate: score(arm, rate) for rate in study.rates} for arm in arms}
+    grid = {f"tuning-{arm}-{rate:g}": (arm, rate) for arm in arms for rate in study.rates}
+    tried = run({name: {**tuning, **student(*of, "tuning-teachers")} for name, of in grid.items()})
+    scores: dict[str, dict[float, float]] = {arm: {} for arm in arms}
+    for name, (arm, rate) in grid.items():
+        scores[arm][rate] = _score(tried[name], arm)
     chosen = best_rates(scores)
-    found = run("teachers", {"only": tuple(teachers)})
-    stages = {name: found["stages"][name] for name in teachers}
-    for arm, rate in chosen.items():
-        changes = {"only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": found["workdir"]}
-        stages[arm] = run(f"final-{arm}", changes)["stages"][arm]
+    final = _sound(run({f"final-{arm}": student(arm, rate, "teachers") for arm, rate in chosen.items()}))
+    stages = {name: taught["teachers"]["stages"][name] for name in teachers}
+    stages |= {arm: final[f"final-{arm}"]["stages"][arm] for arm in arms}
     return _judged(study, stages, chosen, {arm: _plain(of) for arm, of in scores.items()})
+
+
+def _sound(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    for results in found.values():
+        if isinstance(results, NonFiniteError):
+            raise results
+    return found
+
+
+def _score(results: Any, arm: str) -> float:
+    if isinstance(results, NonFiniteError):  # this arm diverges at this rate: a result like any other
+        return -np.inf
+    return float(np.mean(results["stages"][arm]["metrics"][TUNE]))
 
 
 def _judged(study: Study, stages: Mapping[str, Any], rates: Mapping[str, float], tuning: Mapping) -> dict[str, Any]:

@@ -13,18 +13,20 @@ from jkd.errors import UserError
 
 BATCH, HEIGHT, WIDTH, CHANNELS = 16, 8, 6, 3
 KEY = jax.random.key(0)
+mixup, cutmix = jax.jit(data.mixup), jax.jit(data.cutmix)
+cutmix_share = jax.jit(data.cutmix_share, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
 def images():
     # Never 0, so that what is filled in can be told from what was there.
     pixels = np.random.RandomState(0).randint(1, 256, (BATCH, HEIGHT, WIDTH, CHANNELS))
-    return jnp.asarray(pixels, jnp.uint8)
+    return jax.device_put(pixels.astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
 def bank(images):
-    return jnp.asarray(data.rotation_bank(np.asarray(images), [-20, 0, 20]))
+    return jax.device_put(data.rotation_bank(np.asarray(images), [-20, 0, 20]))
 
 
 AUGMENTATIONS = {
@@ -47,7 +49,7 @@ def test_jit_vmap_and_eight_devices_equal_eager(images):
     for placed in (images, jax.device_put(images, rows)):
         np.testing.assert_array_equal(jax.jit(augment)(KEY, placed), expected)
     keys = jax.random.split(KEY, 2)
-    both = jax.vmap(augment, in_axes=(0, None))(keys, images)
+    both = np.asarray(jax.jit(jax.vmap(augment, in_axes=(0, None)))(keys, images))
     for key, one in zip(keys, both, strict=True):
         np.testing.assert_array_equal(one, augment(key, images))
     assert (both[0] != both[1]).any()
@@ -60,7 +62,7 @@ def test_floats_move_like_bytes(name, images):
     assert expected.shape == moved.shape == images.shape
     assert (expected.dtype, moved.dtype) == (jnp.uint8, jnp.float32)
     np.testing.assert_array_equal(moved, expected)
-    assert (expected != images).any()
+    assert (np.asarray(expected) != np.asarray(images)).any()
 
 
 def shifted(image, down, right):
@@ -102,7 +104,7 @@ def test_nothing_to_do_is_the_identity(images):
         data.flip(KEY, data.flip(KEY, images, 1.0), 1.0),
         data.cutout(KEY, images, 0),
         data.compose()(KEY, images),
-        data.cutmix(images, jnp.arange(BATCH)[::-1], 1.0, (3, 3)),
+        jax.jit(lambda x: data.cutmix(x, jnp.arange(BATCH)[::-1], 1.0, (3, 3)))(images),
     ):
         np.testing.assert_array_equal(same, images)
 
@@ -138,11 +140,11 @@ def test_cutout_places(images):
 
 
 def test_normalize_by_hand():
-    pixels = jnp.array([[[[0, 255], [51, 102]]]], jnp.uint8)
-    out = data.normalize(pixels, [0.5, 0.2], [0.5, 0.1])
+    pixels = np.array([[[[0, 255], [51, 102]]]], np.uint8)
+    out, plain = jax.jit(lambda x: (data.normalize(x, [0.5, 0.2], [0.5, 0.1]), data.normalize(x, 0, 1)))(pixels)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, [[[[-1, 8], [-0.6, 2]]]], atol=1e-6)
-    np.testing.assert_allclose(data.normalize(pixels, 0, 1), np.asarray(pixels) / 255, atol=1e-7)
+    np.testing.assert_allclose(plain, pixels / 255, atol=1e-7)
 
 
 def test_rotation_bank_by_hand():
@@ -156,9 +158,10 @@ def test_rotation_bank_by_hand():
 
 
 def test_rotate_gathers_each_example_at_some_angle(bank):
-    index = jnp.array([3, 0, 15, 3, 7, 7, 7, 9], jnp.int32)
+    index = jax.device_put(np.array([3, 0, 15, 3, 7, 7, 7, 9], np.int32))
     out = data.rotate(KEY, bank, index)
     np.testing.assert_array_equal(jax.jit(data.rotate)(KEY, bank, index), out)
+    bank, out, index = np.asarray(bank), np.asarray(out), np.asarray(index)
     angles = []
     for image, row in zip(out, index, strict=True):
         matches = [a for a in range(3) if (bank[a, row] == image).all()]
@@ -169,53 +172,56 @@ def test_rotate_gathers_each_example_at_some_angle(bank):
 
 @given(st.floats(0, 1))
 def test_mixup_is_the_weighted_mean(lam):
-    x = jnp.array([1.0, 2.0, 4.0]).reshape(3, 1, 1, 1)
-    permutation = jnp.array([2, 0, 1])
+    x = np.array([1, 2, 4], np.float32).reshape(3, 1, 1, 1)
+    permutation = np.array([2, 0, 1])
     expected = lam * np.array([1, 2, 4]) + (1 - lam) * np.array([4, 1, 2])
-    np.testing.assert_allclose(data.mixup(x, permutation, lam).ravel(), expected, rtol=1e-5)
-    per_example = data.mixup(x, permutation, jnp.array([1.0, lam, 0.0]))
-    np.testing.assert_allclose(per_example.ravel(), [1, expected[1], 2], rtol=1e-5)
+    np.testing.assert_allclose(np.ravel(mixup(x, permutation, lam)), expected, rtol=1e-5)
+    per_example = mixup(x, permutation, np.array([1.0, lam, 0.0]))
+    np.testing.assert_allclose(np.ravel(per_example), [1, expected[1], 2], rtol=1e-5)
 
 
 def test_mixup_keeps_the_dtype_and_refuses_bytes(images):
-    permutation = jnp.arange(BATCH)
-    assert data.mixup(images.astype(jnp.bfloat16), permutation, jnp.float32(0.3)).dtype == jnp.bfloat16
+    permutation = np.arange(BATCH)
+    low = np.asarray(images).astype(jnp.bfloat16)
+    assert mixup(low, permutation, np.float32(0.3)).dtype == jnp.bfloat16
     with pytest.raises(UserError, match="mixup needs float images .* got uint8"):
-        data.mixup(images, permutation, 0.5)
+        mixup(images, permutation, 0.5)
+
+
+ZERO_AND_ONE = np.stack([np.zeros((8, 8, 1), np.float32), np.ones((8, 8, 1), np.float32)])
 
 
 def test_cutmix_box_by_hand():
     # W = 8, lambda = .75, center (1, 6): s = 4, x in [-1, 3) clipped to 0..3, y in [4, 8): 3 * 4 / 64.
-    zeros, ones = jnp.zeros((1, 8, 8, 1)), jnp.ones((1, 8, 8, 1))
-    mixed = data.cutmix(jnp.concatenate([zeros, ones]), jnp.array([1, 0]), 0.75, (1, 6))
+    mixed = np.asarray(cutmix(ZERO_AND_ONE, np.array([1, 0]), 0.75, np.array([1, 6])))
     expected = np.zeros((8, 8))
     expected[4:8, 0:3] = 1
     np.testing.assert_array_equal(mixed[0, ..., 0], expected)
     np.testing.assert_array_equal(mixed[1, ..., 0], 1 - expected)
-    assert data.cutmix_share((8, 8), 0.75, (1, 6)).tolist() == [0.1875]
+    assert jax.jit(lambda: data.cutmix_share((8, 8), 0.75, (1, 6)))().tolist() == [0.1875]
 
 
 @pytest.mark.parametrize(("side", "pasted"), [(1, 0), (2, 2), (3, 2), (5, 4), (8, 8)])
 def test_cutmix_box_of_an_odd_side_is_a_pixel_smaller(side, pasted):
     # [c - h, c + h) with h = side // 2, as in its authors' code.
     lam = 1 - (side / 8) ** 2
-    mixed = data.cutmix(jnp.array([0, 1]).reshape(2, 1, 1, 1) * jnp.ones((2, 8, 8, 1)), jnp.array([1, 0]), lam, (4, 4))
+    mixed = np.asarray(cutmix(ZERO_AND_ONE, np.array([1, 0]), lam, np.array([4, 4])))
     expected = np.zeros((8, 8))
     expected[4 - pasted // 2 : 4 + pasted // 2, 4 - pasted // 2 : 4 + pasted // 2] = 1
     np.testing.assert_array_equal(mixed[0, ..., 0], expected)
 
 
 def test_a_nan_weight_shows(images):
-    floats, order = images.astype(jnp.float32), jnp.arange(BATCH)
-    assert np.isnan(jax.jit(data.cutmix)(floats, order, jnp.nan, jnp.array([3, 3]))).all()
-    assert np.isnan(jax.jit(data.mixup)(floats, order, jnp.nan)).all()
-    assert np.isnan(jax.jit(data.cutmix_share, static_argnums=0)((8, 6), jnp.nan, jnp.array([3, 3]))).all()
+    floats, order = np.asarray(images, np.float32), np.arange(BATCH)
+    assert np.isnan(cutmix(floats, order, np.nan, np.array([3, 3]))).all()
+    assert np.isnan(mixup(floats, order, np.nan)).all()
+    assert np.isnan(cutmix_share((8, 6), np.nan, np.array([3, 3]))).all()
 
 
 def test_cutmix_side_is_not_lost_to_rounding():
     # 10 * sqrt(1 - .36) = 8, and 20 * sqrt(1 - .51) = 14: a little less in float32.
-    np.testing.assert_allclose(data.cutmix_share((10, 20), 0.36, (10, 5)), [8 * 16 / 200])
-    np.testing.assert_allclose(data.cutmix_share((20, 20), 0.51, (10, 10)), [14 * 14 / 400])
+    np.testing.assert_allclose(cutmix_share((10, 20), 0.36, np.array([10, 5])), [8 * 16 / 200])
+    np.testing.assert_allclose(cutmix_share((20, 20), 0.51, np.array([10, 10])), [14 * 14 / 400])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -225,26 +231,26 @@ def draw_boxes(key, per_example):
 
 @given(st.integers(0, 2**31), st.booleans())
 def test_cutmix_moves_pixels_and_reports_their_share(seed, per_example):
-    pixels = jnp.broadcast_to(jnp.arange(BATCH, dtype=jnp.uint8)[:, None, None, None], (BATCH, 8, 6, 1))
+    pixels = np.broadcast_to(np.arange(BATCH, dtype=np.uint8)[:, None, None, None], (BATCH, 8, 6, 1))
     draw = draw_boxes(jax.random.key(seed), per_example)
     assert draw.lam.shape == ((BATCH,) if per_example else ())
     assert draw.center.shape == ((BATCH, 2) if per_example else (2,))
-    mixed = np.asarray(data.cutmix(pixels, *draw))[..., 0]
+    mixed = np.asarray(cutmix(pixels, *draw))[..., 0]
     own, partner = np.arange(BATCH)[:, None, None], np.asarray(draw.permutation)[:, None, None]
     assert ((mixed == own) | (mixed == partner)).all()
     pasted = (mixed == partner).mean(axis=(1, 2))
-    share = np.broadcast_to(data.cutmix_share((8, 6), draw.lam, draw.center), (BATCH,))
+    share = np.broadcast_to(cutmix_share((8, 6), draw.lam, draw.center), (BATCH,))
     other = np.asarray(draw.permutation) != np.arange(BATCH)
     np.testing.assert_allclose(pasted[other], share[other], atol=1e-6)
     # Clipping only makes a box smaller.
     assert (share <= 1 - np.asarray(draw.lam) + 1e-3).all()
     if not per_example:
-        np.testing.assert_array_equal(np.sort(mixed, axis=0), np.asarray(pixels)[..., 0])
+        np.testing.assert_array_equal(np.sort(mixed, axis=0), pixels[..., 0])
 
 
 @pytest.fixture(scope="module")
 def draw():
-    return data.draw_cutmix(KEY, 512, (3, 7), alpha=0.2, per_example=True)
+    return jax.tree.map(np.asarray, data.draw_cutmix(KEY, 512, (3, 7), alpha=0.2, per_example=True))
 
 
 def test_drawn_centers_cover_the_image_and_nothing_else(draw):
@@ -255,20 +261,20 @@ def test_drawn_centers_cover_the_image_and_nothing_else(draw):
 def test_drawn_weights_follow_beta(draw):
     assert sorted(draw.permutation.tolist()) == list(range(512))
     # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)) = .1786; the mean of 512 draws is within .019 (1 s.d.).
-    assert abs(float(draw.lam.mean()) - 0.5) < 0.06
-    assert abs(float(draw.lam.var()) - 0.25 / 1.4) < 0.02
-    uniform = data.draw_cutmix(KEY, 512, (3, 7), per_example=True).lam
-    assert abs(float(uniform.var()) - 1 / 12) < 0.02
+    assert abs(draw.lam.mean() - 0.5) < 0.06
+    assert abs(draw.lam.var() - 0.25 / 1.4) < 0.02
+    uniform = np.asarray(data.draw_cutmix(KEY, 512, (3, 7), per_example=True).lam)
+    assert abs(uniform.var() - 1 / 12) < 0.02
 
 
 def test_mixing_on_eight_devices(images):
     draw = draw_boxes(KEY, True)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    expected = data.cutmix(images, *draw)
+    expected = cutmix(images, *draw)
     assert expected.dtype == images.dtype
-    assert (expected != images).any()
-    np.testing.assert_array_equal(jax.jit(data.cutmix)(jax.device_put(images, rows), *draw), expected)
+    assert (np.asarray(expected) != np.asarray(images)).any()
+    np.testing.assert_array_equal(cutmix(jax.device_put(images, rows), *draw), expected)
 
 
 def test_errors(images):

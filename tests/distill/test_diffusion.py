@@ -24,6 +24,9 @@ POINTS = arrays(np.float32, (6, 3), elements=st.integers(-20, 20).map(float))
 distances = jax.jit(centroid_distances, static_argnames="normalize")
 index = jax.jit(diffusion_index)
 similar = jax.jit(similar_class_mask, static_argnums=1)
+centroids_of = jax.jit(class_centroids, static_argnums=2)
+sums_of = jax.jit(class_sums, static_argnums=2)
+near_of = jax.jit(superclass_mask)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +36,10 @@ def batch():
 
 
 def test_diffusion_by_hand():
-    d_ref, d_t = distances(REFERENCE), distances(LATER)
+    d_ref, d_t = np.asarray(distances(REFERENCE)), np.asarray(distances(LATER))
     np.testing.assert_allclose(d_ref[0], [0, 0.328835, 1.315342], atol=1e-6)
     np.testing.assert_allclose(d_t[0], [0, 0.175827, 1.406613], atol=1e-6)
-    eta = index(d_ref, d_t, NEAR)
+    eta = jax.tree.map(np.asarray, index(d_ref, d_t, NEAR))
     assert eta.similar[0] == pytest.approx(46.530490, abs=2e-4)
     assert eta.dissimilar[0] == pytest.approx(-6.939020, abs=2e-4)
     np.testing.assert_array_equal(eta.coincident, 0)
@@ -44,17 +47,17 @@ def test_diffusion_by_hand():
 
 def test_centroids_by_hand():
     features = np.array([[1, 2], [3, 4], [5, 6], [np.nan, 0]])
-    found = class_centroids(features, np.array([0, 0, 2, 2]), 4, np.array([True, True, True, False]))
+    found = centroids_of(features, np.array([0, 0, 2, 2]), 4, np.array([True, True, True, False]))
     np.testing.assert_array_equal(found.centroids, [[2, 3], [np.nan] * 2, [5, 6], [np.nan] * 2])
     np.testing.assert_array_equal(found.counts, [2, 0, 1, 0])
-    np.testing.assert_array_equal(class_sums(features[:3], np.array([-1, 4, 1]), 4).counts, [0, 1, 0, 0])
+    np.testing.assert_array_equal(sums_of(features[:3], np.array([-1, 4, 1]), 4).counts, [0, 1, 0, 0])
 
 
 def test_sums_add_up(batch):
     features, labels, mask = batch
-    whole = class_centroids(features, labels, 5)
-    parts = [class_sums(features, labels, 5, m) for m in (mask, ~mask)]
-    added = centroids_from_sums(jax.tree.map(jnp.add, *parts))
+    whole = jax.tree.map(np.asarray, centroids_of(features, labels, 5))
+    parts = [jax.tree.map(np.asarray, sums_of(features, labels, 5, m)) for m in (mask, ~mask)]
+    added = jax.jit(centroids_from_sums)(jax.tree.map(np.add, *parts))
     np.testing.assert_allclose(added.centroids, whole.centroids, rtol=1e-5)
     np.testing.assert_array_equal(added.counts, np.bincount(labels, minlength=5))
     for k in range(5):
@@ -80,17 +83,17 @@ def test_moving_turning_and_scaling_do_not_diffuse(points, shift, scale):
     with jax.enable_x64(True):
         wide = points.astype(np.float64)
         d_ref, d_t = distances(wide), distances(scale * (wide @ rotation) + shift)
-        eta = index(d_ref, d_t, superclass_mask(np.arange(6) // 2))
+        eta = index(d_ref, d_t, near_of(np.arange(6) // 2))
     for values in (eta.similar, eta.dissimilar):
-        np.testing.assert_allclose(np.nan_to_num(values), 0, atol=1e-8)
+        np.testing.assert_allclose(np.nan_to_num(np.asarray(values)), 0, atol=1e-8)
 
 
 def test_diffusion_against_a_loop(batch):
     draw = np.random.default_rng(1)
     mask = np.array([True, True, False, True, True, True])
-    d_ref, d_t = (distances(draw.normal(size=(6, 3)).astype(np.float32), mask) for _ in range(2))
-    near = superclass_mask(np.arange(6) % 2)
-    eta = index(d_ref, d_t, near, mask)
+    d_ref, d_t = (np.asarray(distances(draw.normal(size=(6, 3)).astype(np.float32), mask)) for _ in range(2))
+    near = np.asarray(near_of(np.arange(6) % 2))
+    eta = jax.tree.map(np.asarray, index(d_ref, d_t, near, mask))
     for c in np.flatnonzero(mask):
         for values, group in ((eta.similar, near), (eta.dissimilar, ~near)):
             others = [k for k in range(6) if group[c, k] and k != c and mask[k]]
@@ -102,9 +105,9 @@ def test_diffusion_against_a_loop(batch):
 
 def test_coincident_references_are_left_out_and_counted():
     points = np.array([[1.1, 2.3], [1.1, 2.3], [0, 5], [7, 3.7]])
-    d_ref = distances(points)
+    d_ref = np.asarray(distances(points))
     assert d_ref[0, 1] == 0
-    eta = index(d_ref, np.float32(0.5) * np.asarray(d_ref), superclass_mask(np.array([0, 0, 1, 1])))
+    eta = index(d_ref, np.float32(0.5) * d_ref, near_of(np.array([0, 0, 1, 1])))
     np.testing.assert_array_equal(eta.coincident, [1, 1, 0, 0])
     np.testing.assert_allclose(eta.similar, [np.nan, np.nan, 50, 50], rtol=1e-5)
     np.testing.assert_allclose(eta.dissimilar, 50, rtol=1e-5)
@@ -117,7 +120,7 @@ def test_nan_shows(batch):
         broken = d_ref.copy()
         broken[place] = np.nan
         for pair in ((d_ref, broken), (broken, d_ref)):
-            assert np.isnan(getattr(index(*pair, NEAR), part)[0])
+            assert np.isnan(np.asarray(getattr(index(*pair, NEAR), part))[0])
     assert np.isnan(distances(np.where(REFERENCE == 4, np.nan, REFERENCE))).all()
 
 
@@ -133,22 +136,26 @@ def test_similar_classes_by_hand():
     expected = np.zeros((5, 5), bool)
     expected[[0, 1, 2, 3, 4], [1, 0, 1, 4, 3]] = True
     np.testing.assert_array_equal(similar(line, 1), expected)
-    np.testing.assert_array_equal(similar(line, 2).sum(axis=1), 2)
-    masked = similar_class_mask(np.where(line == 1, np.nan, line), 3, np.array([True, False, True, True, True]))
+    np.testing.assert_array_equal(np.sum(np.asarray(similar(line, 2)), axis=1), 2)
+    masked = similar(np.where(line == 1, np.nan, line), 3, np.array([True, False, True, True, True]))
     np.testing.assert_array_equal(masked, ~np.eye(5, dtype=bool) & (line != 1) & (line != 1).T)
     ties = similar(np.array([[0], [1], [-1], [2.0], [9]]), 1)
-    np.testing.assert_array_equal(ties[0], [False, True, False, False, False])
+    np.testing.assert_array_equal(np.asarray(ties)[0], [False, True, False, False, False])
 
 
 def test_superclasses():
     np.testing.assert_array_equal(
-        superclass_mask(np.array([4, 1, 4])), [[False, False, True], [False] * 3, [True, False, False]]
+        near_of(np.array([4, 1, 4])), [[False, False, True], [False] * 3, [True, False, False]]
     )
 
 
 def test_half_precision_is_upcast(batch):
-    low = class_centroids(batch[0].astype(jnp.bfloat16), batch[1], 5).centroids
-    assert low.dtype == centroid_distances(low.astype(jnp.bfloat16)).dtype == jnp.float32
+    def distances_of(features, labels):
+        found = class_centroids(features, labels, 5).centroids
+        return found, centroid_distances(found.astype(jnp.bfloat16))
+
+    for values in jax.eval_shape(distances_of, batch[0].astype(jnp.bfloat16), batch[1]):
+        assert values.dtype == jnp.float32
 
 
 def test_eight_devices_equal_one(batch, over_devices):
@@ -158,7 +165,7 @@ def test_eight_devices_equal_one(batch, over_devices):
 
 @pytest.mark.usefixtures("unchecked")
 def test_mistakes():
-    d = centroid_distances(REFERENCE)
+    d = np.asarray(distances(REFERENCE))
     with pytest.raises(UserError, match="similar leaves class 1 without any similar class"):
         diffusion_index(d, d, NEAR & (np.arange(3) != 1)[:, None])
     with pytest.raises(UserError, match="similar leaves class 0 without any similar class"):

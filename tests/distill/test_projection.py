@@ -8,6 +8,8 @@ from jkd.distill import head_plane, head_plane_basis, project_and_pca
 from jkd.errors import UserError
 
 IDS = [4, 0, 2]
+pca_of = jax.jit(project_and_pca)
+picture_of = jax.jit(lambda train, labels, validation, basis: head_plane(train, labels, validation, basis, IDS))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_the_logits_of_the_classes_survive(head, features):
     kernel, bias = head
     x = features[0]
     for append, rows, logits in ((True, 9, x @ kernel[:, IDS] + bias[IDS]), (False, 8, x @ kernel[:, IDS])):
-        basis = head_plane_basis(kernel, bias, IDS, append)
+        basis = np.asarray(head_plane_basis(kernel, bias, IDS, append))
         assert basis.shape == (rows, 3)
         np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-6)
         columns = np.vstack([kernel, bias])[:rows, IDS]
@@ -48,35 +50,33 @@ def test_pca_agrees_with_scikit_learn(head, features):
     projected, shown = (np.pad(x, ((0, 0), (0, 1)), constant_values=1) @ basis for x in (train, validation))
     pca = PCA(2).fit(projected)
     signs = np.sign(pca.components_[range(2), np.abs(pca.components_).argmax(1)])
-    np.testing.assert_allclose(project_and_pca(validation, basis, train), pca.transform(shown) * signs, atol=1e-4)
+    np.testing.assert_allclose(pca_of(validation, basis, train), pca.transform(shown) * signs, atol=1e-4)
 
 
 def test_a_picture(head, features):
     train, labels, validation = features
     basis = head_plane_basis(*head, IDS)
-    picture = head_plane(train, labels, validation, basis, IDS)
+    picture = jax.tree.map(np.asarray, picture_of(train, labels, validation, basis))
     means = np.stack([train[labels == k].mean(0) for k in IDS])
     fit_on = np.vstack([train, means])
     for points, x in ((picture.train, train), (picture.validation, validation), (picture.centroids, means)):
-        np.testing.assert_allclose(points, project_and_pca(x, basis, fit_on), atol=1e-4)
+        np.testing.assert_allclose(points, pca_of(x, basis, fit_on), atol=1e-4)
     np.testing.assert_allclose(picture.centroids[1], picture.train[labels == 0].mean(axis=0), atol=1e-4)
 
 
 def test_the_order_of_examples_does_not_flip_a_picture(head, features):
     train, labels, validation = features
     basis = head_plane_basis(*head, IDS)
-    turned = head_plane(train[::-1], labels[::-1], validation, basis, IDS)
-    np.testing.assert_allclose(
-        turned.validation, head_plane(train, labels, validation, basis, IDS).validation, atol=1e-4
-    )
+    turned = picture_of(train[::-1], labels[::-1], validation, basis)
+    np.testing.assert_allclose(turned.validation, picture_of(train, labels, validation, basis).validation, atol=1e-4)
 
 
 def test_jit_half_precision_and_one_example(head, features):
     train, labels, validation = features
     basis = head_plane_basis(*head, IDS)
-    low = jax.jit(project_and_pca)(validation[:1].astype(jnp.bfloat16), basis, train)
+    low = jax.eval_shape(project_and_pca, validation[:1].astype(jnp.bfloat16), basis, train)
     assert (low.dtype, low.shape) == (jnp.float32, (1, 2))
-    jitted = jax.jit(lambda t, y, v: head_plane(t, y, v, basis, IDS))(train, labels, validation)
+    jitted = picture_of(train, labels, validation, basis)
     np.testing.assert_allclose(jitted.train, head_plane(train, labels, validation, basis, IDS).train, atol=1e-4)
 
 

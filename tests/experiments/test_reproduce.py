@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 import time
 from html import escape
 
@@ -10,10 +12,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import cli, cosine_kd, energy_kd, html, reproduce, studies
+from experiments import cells, cli, cosine_kd, energy_kd, html, markdown, reproduce, studies
 from experiments.distillation_setup import selected_arms
 from jkd.errors import UserError
-from jkd.train import NonFiniteError
+from jkd.train import NonFiniteError, Preempted
 from jkd.train.workdir import flatten
 
 CLAIM = studies.Claim("ours beats theirs", better="ours", worse="theirs")
@@ -87,13 +89,17 @@ def test_each_arm_gets_its_best_rate_and_ties_the_lower():
 STUDY = studies.Study("tiny", "configs/energy_kd.py:smoke", (0.01, 0.1), 2, [CLAIM])
 
 
+def one_by_one(run):
+    return lambda cells: {cell: run(cell, changes) for cell, changes in cells.items()}
+
+
 def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
     calls = {}
 
     def run(cell, overrides):
         calls[cell] = dict(overrides)
         if cell == "tuning-theirs-0.1":
-            raise NonFiniteError("loss is not finite")
+            return NonFiniteError("loss is not finite")
         rates = [overrides.get(f"arms.{arm}.lr", 0) for arm in ("ours", "theirs")]
         stages = tuned(ours=[rates[0]] * 2, theirs=[rates[1]] * 2)
         stages |= {"teacher": {"metrics": {"test/top1": [99.0] * 3}}}
@@ -101,7 +107,7 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
             stages |= arms(ours=52 + SPREAD, theirs=[50.0] * 3)
         return {"workdir": f"/cells/{cell}", "stages": stages}
 
-    found = studies.run_study(STUDY, run, ["teacher"], ["ours", "theirs"])
+    found = studies.run_study(STUDY, one_by_one(run), ["teacher"], ["ours", "theirs"])
     tuning = {"seed": 1000, "seeds": 2}
     taught = {"teacher.workdir": "/cells/tuning-teachers"}
     final = {"teacher.workdir": "/cells/teachers"}
@@ -129,7 +135,7 @@ def test_a_study_without_rates_is_one_run_of_all_arms():
         return {"workdir": "/cells/whole", "stages": arms(ours=52 + SPREAD, theirs=[50.0] * 3, teacher=[99.0] * 3)}
 
     study = dataclasses.replace(STUDY, rates=())
-    found = studies.run_study(study, run, ["teacher"], ["ours", "theirs"])
+    found = studies.run_study(study, one_by_one(run), ["teacher"], ["ours", "theirs"])
     assert calls == {"whole": {"only": ("teacher", "ours", "theirs")}}
     assert (found["rates"], found["tuning"]) == ({}, {})
     assert list(found["stages"]) == ["ours", "theirs", "teacher"]
@@ -147,7 +153,7 @@ def test_claims_about_what_is_made_of_the_final_runs():
     given = {False: tuned(ours=[1.0], theirs=[1.0]), True: arms(ours=52 + SPREAD, theirs=[50.0] * 3)}
     claim = studies.Claim("both make a hundred", value=("both", "sum"), inside=(101, 103))
     study = dataclasses.replace(STUDY, claims=[claim], derived=derived)
-    found = studies.run_study(study, run, [], list(both))
+    found = studies.run_study(study, one_by_one(run), [], list(both))
     assert [row["verdict"] for row in found["claims"]] == [studies.HOLDS]
     assert list(found["stages"]) == ["ours", "theirs", "both"]
 
@@ -189,6 +195,15 @@ def test_the_page_escapes_and_holds_every_claim():
     assert "src='data:image/png;base64,iVBOR" in page
     assert page.count("(the edge of those tried)") == 1
     assert page.count("http") == 0  # nothing is loaded from elsewhere
+    lines = markdown.page(
+        {"energy_kd": {"digits": good, "large": {"config": "b.py", "not_run": "no data"}}}
+    ).splitlines()
+    wanted = "| <b>ours</b> & theirs | no figure | +2.00 | +1.75 .. +2.25 | P | 0.500 | 3 | holds |"
+    assert wanted.replace("P", f"{rows[0]['p_value']:.3f}") in lines
+    assert "| third | no figure | +0.00 | -0.25 .. +0.25 |  |  | 3 | not at this scale |" in lines
+    assert "| `kd` | 0.01 | 50.00 |" in lines
+    assert "| `teacher` |  | 50.00 |" in lines
+    assert lines[-3:] == ["### large: `b.py`", "", "Not run: no data"]
 
 
 @pytest.fixture
@@ -210,7 +225,8 @@ def made_up(monkeypatch):
             file.write_text(json.dumps({"stages": found, "config": flatten(config.to_dict())}))
         return json.loads(file.read_text())
 
-    monkeypatch.setattr(reproduce.train, "run", run)
+    monkeypatch.setattr(cells.train, "run", run)
+    monkeypatch.setattr(cells, "default_jobs", lambda: 1)
     study = dataclasses.replace(STUDY, claims=energy_kd.CLAIMS)
     monkeypatch.setattr(energy_kd, "STUDIES", (study,))
     return begun
@@ -219,7 +235,7 @@ def made_up(monkeypatch):
 ARMS = list(cli.load_config(STUDY.config).arms)
 ORDER = ["teacher", *ARMS, "cskd"]
 TUNING = [f"tuning-{arm}-{rate}" for arm in ARMS for rate in (0.01, 0.1)]
-CELLS = ["tuning-teachers", *TUNING, "teachers", *(f"final-{arm}" for arm in ARMS)]
+CELLS = ["tuning-teachers", "teachers", *TUNING, *(f"final-{arm}" for arm in ARMS)]
 
 
 def test_reproduce_writes_its_report(made_up, tmp_path, capsys):
@@ -262,7 +278,7 @@ def test_reproduce_stops_by_its_budget_and_goes_on(made_up, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["energy_kd"]["tiny"]["not_run"] == says
     assert says in (tmp_path / "report.html").read_text()
     # A budget that ends after two cells.
-    deadline, run = time.monotonic() + 3600, reproduce.train.run
+    deadline, run = time.monotonic() + 3600, cells.train.run
 
     def two(*args, **named):
         found = run(*args, **named)
@@ -272,8 +288,8 @@ def test_reproduce_stops_by_its_budget_and_goes_on(made_up, tmp_path, capsys):
 
     clock = [deadline - 1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce.time, "monotonic", lambda: clock[0])
-        patch.setattr(reproduce.train, "run", two)
+        patch.setattr(cells.time, "monotonic", lambda: clock[0])
+        patch.setattr(cells.train, "run", two)
         reproduce.reproduce(["energy_kd"], epath.Path(tmp_path), deadline)
     assert made_up == CELLS[:2]
     assert f"before cell {CELLS[2]}" in capsys.readouterr().err
@@ -292,6 +308,36 @@ def test_a_finished_report_survives_what_cannot_run(made_up, tmp_path, capsys, m
     reproduce.main(["energy_kd", "--out", str(tmp_path)])
     assert json.loads(file.read_text()) == before
     assert "the disk is gone" in capsys.readouterr().err
+
+
+def test_cells_in_several_processes_come_in_order(tmp_path):
+    made = [
+        cells.Cell(f"c{k}", f"c{k}", STUDY.config, {"only": ("teacher",), "seed": k}, str(tmp_path)) for k in range(5)
+    ]
+    for k, cell in enumerate(made):
+        workdir = tmp_path / f"c{k}-{cells.identity(cells.cell_config(cli.load_config(cell.config, cell.overrides)))}"
+        workdir.mkdir()
+        (workdir / "results.json").write_text(json.dumps({"stages": k}))
+    late = dataclasses.replace(made[0], name="late", deadline=0.0)
+    with cells.workers(2) as run_cells:
+        found = list(run_cells(made))
+        with pytest.raises(cells.OutOfTimeError, match="stopped by --budget before cell late"):
+            list(run_cells([late]))
+    assert [one["stages"] for one in found] == [*range(5)]
+    assert all(one["workdir"].startswith(str(tmp_path / f"c{k}-")) for k, one in enumerate(found))
+
+
+def stopped():
+    with cells.workers(2) as run_cells:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run_cells([])
+
+
+def test_sigterm_is_passed_on():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="run the same command again"):
+        stopped()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
@@ -329,6 +375,8 @@ def test_reproduce_refuses_what_it_cannot_write_or_wait_for(refused, tmp_path):
     assert "file cannot be written: " in refused(reproduce.main, "energy_kd", "--out", tmp_path / "file")
     line = refused(reproduce.main, "energy_kd", "--out", tmp_path / "out", "--budget", "-1")
     assert "--budget must be >= 0 minutes, got -1.0." in line
+    line = refused(reproduce.main, "energy_kd", "--out", tmp_path / "out", "--jobs", "0")
+    assert "--jobs must be >= 1, got 0." in line
 
 
 def test_p_values_are_adjusted_for_their_number():

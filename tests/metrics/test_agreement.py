@@ -29,26 +29,27 @@ LOGITS = arrays(np.float32, (4, 5), elements=st.floats(-50, 50, width=32))
 histogram = jax.jit(joint_histogram, static_argnums=2)
 information = jax.jit(lambda joint: (mutual_information(joint), normalized_mutual_information(joint)))
 of_table = jax.jit(lambda joint: (*information(joint), entropy(joint.sum(1)), entropy(joint.sum(0))))
+counts, agreement, classes = jax.jit(agreement_counts), jax.jit(prediction_agreement), jax.jit(predicted_class)
 entropies, divergences = jax.jit(predictive_entropy), jax.jit(predictive_kl)
 
 
 def test_by_hand():
     a, b = np.eye(3)[A], np.eye(3)[B]
-    assert prediction_agreement(a, b).mean() == pytest.approx(0.833333, abs=1e-6)
-    assert tuple(agreement_counts(a, b)) == (5, 0, 6)
-    assert tuple(agreement_counts(a, b, np.arange(6) > 2)) == (2, 0, 3)
-    assert mutual_information(joint_histogram(A, B, 3)) == pytest.approx(0.780355, abs=1e-6)
-    itself = joint_histogram(A, A, 3)
-    assert mutual_information(itself) == pytest.approx(1.098612, abs=1e-6)
-    assert entropy(itself.sum(axis=0)) == pytest.approx(1.098612, abs=1e-6)
-    assert normalized_mutual_information(itself) == pytest.approx(1, abs=1e-6)
+    assert np.mean(np.asarray(agreement(a, b))) == pytest.approx(0.833333, abs=1e-6)
+    assert [*map(int, counts(a, b))] == [5, 0, 6]
+    assert [*map(int, counts(a, b, np.arange(6) > 2))] == [2, 0, 3]
+    assert of_table(histogram(A, B, 3))[0] == pytest.approx(0.780355, abs=1e-6)
+    value, normalized, _, columns = of_table(histogram(A, A, 3))
+    assert value == pytest.approx(1.098612, abs=1e-6)
+    assert columns == pytest.approx(1.098612, abs=1e-6)
+    assert normalized == pytest.approx(1, abs=1e-6)
 
 
 @given(a=CLASSES, b=CLASSES)
 def test_agrees_with_scikit_learn(a, b):
     joint = histogram(a, b, 5)
     np.testing.assert_array_equal(joint, confusion_matrix(a, b, labels=range(5)))
-    value, normalized, rows, columns = of_table(joint)
+    value, normalized, rows, columns = map(float, of_table(joint))
     assert value == pytest.approx(mutual_info_score(a, b), abs=2e-6)
     assert value >= 0
     assert value <= min(rows, columns) + 1e-5
@@ -57,7 +58,7 @@ def test_agrees_with_scikit_learn(a, b):
 
 @given(a=CLASSES, b=CLASSES, mask=arrays(bool, 16))
 def test_tables_add_up_and_a_mask_is_a_slice(a, b, mask):
-    part, rest = histogram(a, b, 5, mask), histogram(a, b, 5, ~mask)
+    part, rest = (np.asarray(histogram(a, b, 5, chosen)) for chosen in (mask, ~mask))
     np.testing.assert_array_equal(part, confusion_matrix(a[mask], b[mask], labels=range(5)) if mask.any() else 0)
     np.testing.assert_array_equal(part + rest, histogram(a, b, 5))
 
@@ -70,17 +71,18 @@ def test_what_is_no_class_is_missing_from_the_table():
 
 def test_nan_rows_agree_with_nothing_and_are_counted():
     a = np.array([[np.nan, 1, 0], [0, 2, 1], [3, np.nan, 0], [np.inf, 0, -np.inf]], np.float32)
-    np.testing.assert_array_equal(predicted_class(a), [-1, 1, -1, 0])
-    np.testing.assert_array_equal(prediction_agreement(a, a), [False, True, False, True])
-    assert tuple(agreement_counts(a, a)) == (2, 2, 4)
-    assert tuple(agreement_counts(a, np.zeros((4, 3), np.float32))) == (1, 2, 4)
-    assert joint_histogram(predicted_class(a), predicted_class(a), 3).sum() == 2
-    np.testing.assert_array_equal(np.isnan(predictive_entropy(a)), [True, False, True, True])
-    np.testing.assert_array_equal(np.isnan(predictive_kl(np.zeros_like(a), a)), [True, False, True, True])
+    found = classes(a)
+    np.testing.assert_array_equal(found, [-1, 1, -1, 0])
+    np.testing.assert_array_equal(agreement(a, a), [False, True, False, True])
+    assert [*map(int, counts(a, a))] == [2, 2, 4]
+    assert [*map(int, counts(a, np.zeros((4, 3), np.float32)))] == [1, 2, 4]
+    assert np.asarray(joint_histogram(found, found, 3)).sum() == 2
+    np.testing.assert_array_equal(np.isnan(entropies(a)), [True, False, True, True])
+    np.testing.assert_array_equal(np.isnan(divergences(np.zeros_like(a), a)), [True, False, True, True])
 
 
 def test_ties_go_to_the_lower_class():
-    np.testing.assert_array_equal(predicted_class(np.array([[1, 1, 0], [0, 2, 2.0]])), [0, 1])
+    np.testing.assert_array_equal(classes(np.array([[1, 1, 0], [0, 2, 2.0]])), [0, 1])
 
 
 @given(p=LOGITS, q=LOGITS)
@@ -93,10 +95,10 @@ def test_entropy_and_divergence_agree_with_scipy(p, q):
 
 def test_impossible_classes():
     possible, certain = np.array([[0, 0, -np.inf]]), np.array([[0, -np.inf, -np.inf]])
-    assert predictive_entropy(possible)[0] == pytest.approx(np.log(2))
-    assert predictive_entropy(certain)[0] == 0
-    assert predictive_kl(certain, possible)[0] == pytest.approx(np.log(2))
-    assert predictive_kl(possible, certain)[0] == np.inf
+    assert entropies(possible).item() == pytest.approx(np.log(2))
+    assert entropies(certain).item() == 0
+    assert divergences(certain, possible).item() == pytest.approx(np.log(2))
+    assert divergences(possible, certain).item() == np.inf
     assert np.isfinite(jax.jit(jax.grad(lambda z: predictive_entropy(z).sum()))(certain)).all()
     assert np.isfinite(jax.jit(jax.grad(lambda z: predictive_kl(z, possible).sum()))(certain)).all()
 
@@ -108,21 +110,21 @@ def test_gradients():
         check_grads(both, (p, q), 1, modes=["rev"])
         joint = np.array([[0.3, 0.1], [0.2, 0.4]])
         check_grads(jax.jit(lambda j: sum(information(j))), (joint,), 1, modes=["rev"])
-    assert np.isfinite(jax.jit(jax.grad(mutual_information))(jnp.array([[1.0, 0], [0, 0]]))).all()
+    assert np.isfinite(jax.jit(jax.grad(mutual_information))(np.array([[1.0, 0], [0, 0]]))).all()
 
 
 def test_tables_without_information():
-    np.testing.assert_allclose(information(jnp.outer(jnp.arange(3), jnp.array([1, 5, 2]))), 0, atol=1e-6)
+    np.testing.assert_allclose(information(np.outer(np.arange(3), [1, 5, 2])), 0, atol=1e-6)
     # One class only: identical without any information.
-    np.testing.assert_array_equal(information(jnp.zeros((3, 3), int).at[1, 1].set(7)), [0, 1])
-    assert np.isnan(information(jnp.zeros((3, 3), int))).all()
-    assert np.isnan(entropy(jnp.zeros(3)))
+    np.testing.assert_array_equal(information(np.diag([0, 7, 0])), [0, 1])
+    assert np.isnan(information(np.zeros((3, 3), int))).all()
+    assert np.isnan(jax.jit(entropy)(np.zeros(3)))
 
 
 def test_half_precision_is_upcast_and_one_example_will_do():
-    z = jnp.array([[1, 2, 0]], jnp.bfloat16)
-    assert predictive_entropy(z).dtype == predictive_kl(z, z).dtype == jnp.float32
-    assert prediction_agreement(z, z).shape == (1,)
+    z = np.array([[1, 2, 0]], jnp.bfloat16)
+    assert entropies(z).dtype == divergences(z, z).dtype == jnp.float32
+    assert agreement(z, z).shape == (1,)
 
 
 def test_eight_devices_equal_one(over_devices):

@@ -12,7 +12,10 @@ from jkd.metrics import attention_counts, attention_iou, binarize_attention, cla
 
 MAPS = np.array([[[0, 1], [2, 4]], [[4, 1], [2, 0.0]]])
 MASKS = arrays(bool, (3, 4, 2, 3))
-count = jax.jit(attention_counts)
+count, binarize = jax.jit(attention_counts), jax.jit(binarize_attention)
+ious_of = jax.jit(lambda counts: (counts.all_iou, counts.iou))
+iou = jax.jit(attention_iou, static_argnames="per_image")
+attend = jax.jit(class_sum_attention, static_argnums=3)
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +25,11 @@ def network():
 
 
 def test_by_hand():
-    masks = binarize_attention(MAPS)
+    masks = np.asarray(binarize_attention(MAPS))
     np.testing.assert_array_equal(masks, [[[0, 0], [1, 1]], [[1, 0], [1, 0]]])
     assert attention_iou(masks[:, None]) == pytest.approx(1 / 3)
     # 0.4 itself is off.
-    np.testing.assert_array_equal(binarize_attention(np.array([[[0, 2], [5, 2.1]]])), [[[0, 0], [1, 1]]])
+    np.testing.assert_array_equal(binarize(np.array([[[0, 2], [5, 2.1]]])), [[[0, 0], [1, 1]]])
 
 
 def test_attention_is_the_sum_of_class_activation_maps(network):
@@ -37,7 +40,7 @@ def test_attention_is_the_sum_of_class_activation_maps(network):
 
 def test_resizing_has_half_pixel_centers():
     feat = np.array([0, 1.0]).reshape(1, 1, 2, 1)
-    wide = class_sum_attention(feat, np.ones((1, 1)), np.zeros(1), (1, 4))
+    wide = attend(feat, np.ones((1, 1)), np.zeros(1), (1, 4))
     np.testing.assert_allclose(wide, [[[0, 0.25, 0.75, 1]]], atol=1e-6)
 
 
@@ -51,45 +54,47 @@ def test_resizing_agrees_with_torch(network):
 
 def test_masks_do_not_depend_on_bias_or_scale(network):
     feat, kernel, bias = network
-    masks = binarize_attention(class_sum_attention(feat, kernel, bias, 7))
+    masks = np.asarray(binarize(attend(feat, kernel, bias, 7)))
     assert 0 < masks.mean() < 1
-    np.testing.assert_array_equal(masks, binarize_attention(class_sum_attention(feat, kernel, bias + 3, 7)))
-    np.testing.assert_array_equal(masks, binarize_attention(class_sum_attention(4 * feat, kernel, bias, 7)))
+    np.testing.assert_array_equal(masks, binarize(attend(feat, kernel, bias + 3, 7)))
+    np.testing.assert_array_equal(masks, binarize(attend(4 * feat, kernel, bias, 7)))
 
 
 def test_constant_maps_and_nan_give_empty_masks_that_are_counted():
     flat, broken = np.full((2, 3), 5.0), np.array([[0, 1, 2], [3, 4, np.nan]])
-    masks = binarize_attention(np.stack([flat, broken]))
+    masks = np.asarray(binarize(np.stack([flat, broken])))
     assert not masks.any()
     pairs = np.stack([masks, masks])
-    assert attention_iou(pairs) == 1
-    counts = attention_counts(pairs)
+    assert iou(pairs) == 1
+    counts = count(pairs)
     assert (counts.all_empty, counts.images) == (2, 2)
     np.testing.assert_array_equal(counts.empty, 2)
-    assert attention_iou(np.stack([masks, ~masks])) == 0
+    assert iou(np.stack([masks, ~masks])) == 0
 
 
 @given(masks=MASKS)
 def test_iou_against_a_loop(masks):
     both, some = masks.all(0), masks.any(0)
     each = [1 if not s.any() else b.sum() / s.sum() for b, s in zip(both, some, strict=True)]
-    np.testing.assert_allclose(attention_iou(masks, per_image=True), each, rtol=1e-6)
+    np.testing.assert_allclose(iou(masks, per_image=True), each, rtol=1e-6)
     counts = count(masks)
-    assert counts.all_iou == pytest.approx(1 if not some.any() else both.sum() / some.sum())
-    assert attention_iou(masks) == counts.all_iou
+    whole, pairs = map(np.asarray, ious_of(counts))
+    counts = jax.tree.map(np.asarray, counts)
+    assert whole == pytest.approx(1 if not some.any() else both.sum() / some.sum())
+    assert iou(masks) == whole
     for i, j in itertools.product(range(3), repeat=2):
         assert counts.intersection[i, j] == (masks[i] & masks[j]).sum()
         assert counts.union[i, j] == (masks[i] | masks[j]).sum()
         assert counts.empty[i, j] == (~(masks[i] | masks[j]).any(axis=(1, 2))).sum()
-        assert counts.iou[i, j] == attention_iou(masks[[i, j]])
-        assert counts.all_iou <= counts.iou[i, j] + 1e-6
-    np.testing.assert_array_equal(np.diag(counts.iou), 1)
+        assert pairs[i, j] == iou(masks[[i, j]])
+        assert whole <= pairs[i, j] + 1e-6
+    np.testing.assert_array_equal(np.diag(pairs), 1)
 
 
 @given(masks=MASKS, where=arrays(bool, 4))
 def test_counts_add_up_and_where_is_a_slice(masks, where):
-    part = count(masks, where)
-    both = jax.tree.map(jnp.add, part, count(masks, ~where))
+    part, rest = (jax.tree.map(np.asarray, count(masks, chosen)) for chosen in (where, ~where))
+    both = jax.tree.map(np.add, part, rest)
     jax.tree.map(np.testing.assert_array_equal, both, count(masks))
     assert part.images == where.sum()
     assert part.all_union == masks[:, where].any(axis=0).sum()
@@ -97,7 +102,7 @@ def test_counts_add_up_and_where_is_a_slice(masks, where):
 
 def test_bfloat16_features_and_one_image(network):
     feat, kernel, bias = network
-    att = class_sum_attention(feat[:1].astype(jnp.bfloat16), kernel, bias, 4)
+    att = attend(feat[:1].astype(jnp.bfloat16), kernel, bias, 4)
     assert (att.dtype, att.shape) == (jnp.float32, (1, 4, 4))
 
 

@@ -29,35 +29,38 @@ CONVS = {
 
 def both(layer, x):
     """Output and gradients of a layer with Flax's casts, and with ours."""
-    found = []
+    found, draw = [], np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda x: layer().init(jax.random.key(0), x), x)
+    variables = jax.tree.map(lambda leaf: draw.uniform(-0.5, 0.5, leaf.shape).astype(leaf.dtype), shapes)
     for options in ({}, {"promote_dtype": mixed.promote}):
         ours = {"conv_general_dilated": mixed.conv_general_dilated} if layer.func is linen.Conv else None
         module = layer(**options, **((ours or {"dot_general": mixed.dot_general}) if options else {}))
-        variables = module.init(jax.random.key(0), x)
 
         def loss(variables, x, module=module):
-            return (module.apply(variables, x).astype(jnp.float32) ** 2).sum()
+            out = module.apply(variables, x)
+            return (out.astype(jnp.float32) ** 2).sum(), out
 
-        gradient = jax.jit(jax.grad(loss, (0, 1)))
-        found.append((jax.jit(module.apply)(variables, x), *gradient(variables, x)))
+        gradients, out = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables, x)
+        found.append((np.asarray(out), *jax.tree.map(np.asarray, gradients)))
     return found
 
 
 @pytest.mark.parametrize("options", CONVS.values(), ids=CONVS)
 def test_convolutions_agree_with_flax(options):
-    x = jax.random.normal(jax.random.key(1), (2, 9, 9, 4))
+    x = np.random.default_rng(1).normal(size=(2, 9, 9, 4)).astype(np.float32)
     for dtype, tolerance in ((jnp.float32, 1e-6), (BF16, 2e-2)):
         conv = functools.partial(linen.Conv, 8, (3, 3), use_bias=False, dtype=dtype, **options)
         flax, ours = both(conv, x)
         assert ours[0].dtype == flax[0].dtype == dtype
         for one, other in zip(jax.tree.leaves(flax), jax.tree.leaves(ours), strict=True):
             assert one.dtype == other.dtype
-            scale = float(jnp.abs(one).max())
-            np.testing.assert_allclose(one.astype(float) / scale, other.astype(float) / scale, atol=tolerance)
+            one, other = one.astype(float), other.astype(float)
+            scale = np.abs(one).max()
+            np.testing.assert_allclose(one / scale, other / scale, atol=tolerance)
 
 
 def test_dense_agrees_with_flax_and_keeps_its_bias_wide():
-    x = jax.random.normal(jax.random.key(1), (3, 5, 6))
+    x = np.random.default_rng(1).normal(size=(3, 5, 6)).astype(np.float32)
     flax, ours = both(functools.partial(linen.Dense, 7, dtype=BF16), x)
     assert (flax[0].dtype, ours[0].dtype) == (BF16, jnp.float32)
     for one, other in zip(jax.tree.leaves(flax), jax.tree.leaves(ours), strict=True):
@@ -65,24 +68,24 @@ def test_dense_agrees_with_flax_and_keeps_its_bias_wide():
 
 
 def test_a_weight_s_gradient_is_accumulated_in_float32():
-    x, kernel = jnp.ones((4097, 1), BF16), jnp.zeros((1, 1))
+    x, kernel = np.ones((4097, 1), BF16), np.zeros((1, 1), np.float32)
 
-    def loss(kernel):
+    def loss(kernel, x):
         out = mixed.dot_general(x, kernel, (((1,), (0,)), ((), ())))
         return (out.astype(jnp.float32) * (1 / 16 + 1 / 1024)).sum()
 
-    grad = jax.grad(loss)(kernel)
+    grad = np.asarray(jax.jit(jax.grad(loss))(kernel, x))
     assert grad.dtype == jnp.float32
     # The factor is exact in bfloat16's 8 bits, and the sum is not.
-    assert float(grad[0, 0]) == 4097 * (1 / 16 + 1 / 1024)
+    assert grad[0, 0] == 4097 * (1 / 16 + 1 / 1024)
 
 
 def test_float64_inputs_keep_the_gradients_of_float32_weights_wide():
     with jax.enable_x64(True):
-        x = jnp.asarray(np.linspace(0.1, 1, 8), jnp.float64)[:, None]
-        kernel = jnp.ones((1, 1), jnp.float32)
-        grad = jax.grad(lambda k: mixed.dot_general(x, k, (((1,), (0,)), ((), ()))).sum())(kernel)
-        np.testing.assert_array_equal(grad, np.float32(np.asarray(x).sum()))
+        x = np.linspace(0.1, 1, 8)[:, None]
+        kernel = np.ones((1, 1), np.float32)
+        grad = jax.jit(jax.grad(lambda k, x: mixed.dot_general(x, k, (((1,), (0,)), ((), ()))).sum()))(kernel, x)
+        np.testing.assert_array_equal(grad, np.float32(x.sum()))
 
 
 MODELS = pytest.mark.parametrize("model", [nn.cnn(4, width=8, dtype=BF16), nn.mlp(4, hidden=(12, 20), dtype=BF16)])
@@ -136,15 +139,18 @@ def test_a_tpu_sums_gradients_and_statistics_in_float32(model, no_cache):
 
 
 def test_forward_mode_works_in_one_precision():
-    kernel = jnp.full((1, 1), 2.0)
-    _, tangent = jax.jvp(
-        lambda k: mixed.dot_general(jnp.ones((3, 1)), k, (((1,), (0,)), ((), ()))), (kernel,), (kernel,)
-    )
+    kernel = np.full((1, 1), 2, np.float32)
+
+    def tangent_of(kernel):
+        ones = jnp.ones((3, 1))
+        return jax.jvp(lambda k: mixed.dot_general(ones, k, (((1,), (0,)), ((), ()))), (kernel,), (kernel,))[1]
+
+    tangent = jax.jit(tangent_of)(kernel)
     np.testing.assert_array_equal(tangent, np.full((3, 1), 2.0))
 
 
 def test_the_plain_products_are_lax_itself():
-    x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
+    x, w = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
     assert str(jax.make_jaxpr(lambda x, w: mixed.dot_general(x, w, (((1,), (0,)), ((), ()))))(x, w)) == str(
         jax.make_jaxpr(lambda x, w: lax.dot_general(x, w, (((1,), (0,)), ((), ()))))(x, w)
     )
