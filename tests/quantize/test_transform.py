@@ -33,9 +33,19 @@ PACK = {n: jax.jit(lambda index, n=n: pack_bits(index, n)) for n in range(1, 9)}
 UNPACK = {n: jax.jit(lambda packed, n=n: unpack_bits(packed, n, (3, 7))) for n in range(1, 9)}
 
 
+split_params = jax.jit(quantize_params, static_argnames=("bits", "rules", "form"))
+join_params = jax.jit(direct())
+
+
 @pytest.fixture(scope="module")
 def variables():
     return nn.init(MODEL, jax.random.key(0), (8, 8, 1))
+
+
+@pytest.fixture(scope="module", params=["onehot", "binary"])
+def split(request, variables):
+    """The model's kernels in two bits, all of them."""
+    return split_params(variables["params"], bits=2, rules=(), form=request.param)
 
 
 # --- codes in bytes ---
@@ -68,11 +78,9 @@ def test_codes_are_those_of_sorted_levels():
 # --- whole models ---
 
 
-@pytest.mark.parametrize("form", ["onehot", "binary"])
-def test_a_model_is_quantized_but_for_its_ends(form, variables):
+def test_a_model_is_quantized_but_for_its_ends(variables):
     params = variables["params"]
-    split = quantize_params(params, 2, form=form)
-    joined = direct()(split)
+    joined = join_params(split_params(params))
     assert jax.tree.structure(joined) == jax.tree.structure(params)
     for name in ("stem", "head"):
         assert jax.tree.all(jax.tree.map(np.array_equal, joined[name], params[name]))
@@ -86,7 +94,7 @@ def test_a_model_is_quantized_but_for_its_ends(form, variables):
 
 def test_rules_choose_bits_by_path(variables):
     rules = ((r"block1/conv", 1), (r"^stem/", 3), (r"^head/kernel", 4))
-    joined = direct()(quantize_params(variables["params"], 2, rules=rules))
+    joined = join_params(split_params(variables["params"], rules=rules))
     counts = {path: len(np.unique(joined[path]["conv"]["kernel"])) for path in ("stem", "block1", "block2")}
     assert counts == {"stem": 8, "block1": 2, "block2": 4}
     assert len(np.unique(joined["head"]["kernel"])) == 16
@@ -105,7 +113,7 @@ def test_it_composes_and_trains(variables):
         return {**params, **cut}
 
     materialize = train.chain(direct(), prune)
-    start = quantize_params(variables["params"], 2)
+    start = split_params(variables["params"])
     labels = np.arange(4)
 
     def loss_fn(params, batch, key):
@@ -133,32 +141,27 @@ def test_it_composes_and_trains(variables):
     assert len(np.unique(kernel)) <= 5
 
 
-@pytest.mark.parametrize("form", ["onehot", "binary"])
-@pytest.mark.parametrize("bits", [1, 3])
-def test_a_packed_model_is_small_and_exact(form, bits, variables, tmp_path):
-    split = quantize_params(variables["params"], bits, rules=(), form=form)
+def test_a_packed_model_is_small_and_exact(split, variables, tmp_path):
     packed = pack_params(split)
     save_safetensors(tmp_path / "small.safetensors", packed)
     loaded = load_safetensors(tmp_path / "small.safetensors")[0]
     shapes = packed_shapes(loaded)
     found = jax.jit(unpack(shapes))(loaded)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(direct()(split)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6 if form == "binary" else 0)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(join_params(split)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert [len(np.unique(found[name]["conv"]["kernel"])) for name in ("stem", "block1")] == [4, 4]
     kernels = [leaf for path, leaf in jax.tree.leaves_with_path(loaded) if "packed" in str(path)]
     weights = sum(math.prod(shape) for shape in shapes.values())
-    assert sum(leaf.size for leaf in kernels) <= 1.05 * bits * weights / 8
+    assert sum(leaf.size for leaf in kernels) <= 1.05 * 2 * weights / 8
     images = jax.jit(lambda v, x: MODEL.apply({**variables, "params": unpack(shapes)(v)}, x).logits)(loaded, IMAGES)
     assert images.shape == (4, 5)
 
 
 def test_choices_are_split_like_their_weights(variables):
     mesh = train.make_mesh(fsdp=4)
-    split = quantize_params(variables["params"], 2)
-    placed = train.place(
-        split,
-        mesh,
-    )
-    for one, other in zip(jax.tree.leaves(direct()(placed)), jax.tree.leaves(direct()(split)), strict=True):
+    split = split_params(variables["params"])
+    placed = train.place(split, mesh)
+    for one, other in zip(jax.tree.leaves(join_params(placed)), jax.tree.leaves(join_params(split)), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
