@@ -13,9 +13,9 @@ from jkd.quantize.levels import check_bits
 
 
 class Codes(NamedTuple):
-    """Level numbers and sorted levels: the weights are `levels[index]`."""
+    """Level numbers and sorted levels: the weights are `levels[numbers]`."""
 
-    index: UInt8[Array, "*shape"]
+    numbers: UInt8[Array, "*shape"]
     levels: Float[Array, "levels"]
 
 

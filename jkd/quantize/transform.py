@@ -112,7 +112,7 @@ def flipped(before: Any, after: Any) -> jax.Array:
     ]
     if not changed:
         raise UserError("before and after hold no choices: quantize_params makes some.")
-    return sum(x.sum() for x in changed) / sum(x.size for x in changed)
+    return sum((x.sum() for x in changed), jnp.zeros(())) / sum(x.size for x in changed)
 
 
 def _choice(path: str, leaf: jax.Array) -> jax.Array:
