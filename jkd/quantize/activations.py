@@ -1,0 +1,138 @@
+"""Low-bit activations whose levels are sums of a basis, found by least squares that serve every channel.
+
+Weighting the squared error of a channel by its variance or energy is this library's reading of the paper's aim; the
+basis, its update and the clipped gradient are those of LQ-Nets.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from jkd.checks import Tensor, as_float
+from jkd.errors import UserError, unknown
+from jkd.quantize.direct import solve_basis, straight_through
+from jkd.quantize.levels import levels_from_basis, nearest_index
+
+MODES = ("uniform", "variance", "energy", "robust")
+EPSILON = 1e-5
+
+
+def quantize_by_thresholds(
+    x: Num[Tensor, "*shape"], levels: Float[Tensor, "levels"]
+) -> tuple[Float[Array, "*shape"], Int[Array, "*shape"]]:
+    """The nearest of sorted levels, and its number: x above the midpoint of two takes the upper one, x on it the lower.
+
+    A NaN stays a NaN (its number means nothing). No gradient passes to `x`.
+
+    Raises:
+      UserError: if the levels are no floating point vector.
+    """
+    levels = as_float("levels", levels)
+    if levels.ndim != 1:
+        raise UserError(f"levels must be a vector, got the shape {list(levels.shape)}.")
+    index = nearest_index(x, levels)
+    return jnp.where(jnp.isnan(x), jnp.nan, levels[index]), index
+
+
+def channel_weights(
+    x: Float[Tensor, "*batch channels"], mode: str = "variance", *, error: Float[Tensor, "channels"] | None = None
+) -> Float[Array, "channels"]:
+    """What a channel's squared errors count: 1, or 1 / (its variance), 1 / (mean x^2), 1 / sqrt(its error), plus eps.
+
+    Over all other axes (the global batch), eps = 1e-5. A dead channel (nothing but one value; under "energy" nothing
+    but zeros) counts nothing. No gradient passes. In float32 at least.
+
+    Args:
+      x: activations, channels last.
+      mode: "uniform", "variance", "energy" or "robust"; the last tends to the least sum of the channels' root errors.
+      error: "robust" only: each channel's mean squared error so far.
+
+    Raises:
+      UserError: if the mode is unknown, or "robust" has no error.
+    """
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    x = jax.lax.stop_gradient(as_float("x", x))
+    axes = tuple(range(x.ndim - 1))
+    if mode == "uniform":
+        return jnp.ones(x.shape[-1], x.dtype)
+    variance = x.var(axes)
+    if mode == "robust":
+        if error is None:
+            raise UserError('mode="robust" weights channels by their error so far: give error, f32[channels].')
+        return jnp.where(variance > 0, 1 / (jnp.sqrt(error) + EPSILON), 0)
+    spread = variance if mode == "variance" else jnp.square(x).mean(axes)
+    return jnp.where(spread > 0, 1 / (spread + EPSILON), 0)
+
+
+def weighted_basis_update(
+    x: Float[Tensor, "*batch channels"],
+    basis: Float[Tensor, "bits"],
+    weights: Float[Tensor, "channels"],
+    *,
+    delta: float = 1e-4,
+) -> Float[Array, "bits"]:
+    """The basis of least weighted squared error, for the levels that each activation has now.
+
+        u* = (E^T D E + delta I)^-1 (E^T D x + delta u),  E the digits {0, 1}, D the weights of the channels
+
+    Where all channels are dead it stays. A NaN makes it NaN. No gradient passes. In float32 at least.
+
+    Args:
+      x: activations >= 0, channels last.
+      basis: u, now.
+      weights: of the channels, see `channel_weights`.
+      delta: >= 0; keeps the system solvable where a digit is never used.
+
+    Raises:
+      UserError: if the shapes do not fit.
+    """
+    x, basis = (jax.lax.stop_gradient(as_float(name, v)) for name, v in (("x", x), ("basis", basis)))
+    weights = jax.lax.stop_gradient(as_float("weights", weights))
+    if weights.shape != x.shape[-1:]:
+        raise UserError(f"weights must have the shape [channels] = {list(x.shape[-1:])}, got {list(weights.shape)}.")
+    levels = levels_from_basis(basis, signed=False)
+    index = nearest_index(x, levels.values)
+    axes = tuple(range(x.ndim - 1))
+    # Weighted counts and sums of the levels say all; masked sums are split over devices like the activations.
+    each = [index == k for k in range(len(levels.values))]
+    size = jnp.stack([(mask.sum(axes) * weights).sum() for mask in each])
+    total = jnp.stack([(jnp.where(mask, x, 0).sum(axes) * weights).sum() for mask in each])
+    return solve_basis(levels.codes, size, total, basis, delta)
+
+
+def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"]) -> Float[Array, "*shape"]:
+    """Activations as the nearest sums of a basis; the gradient is 1 up to the top level and 0 above it.
+
+        x_q = sum_j u_j e_j, e in {0, 1}^bits;   dL/dx = dL/dx_q where x <= the top level, else 0
+
+    Negative activations become the lowest level, which is 0 for a basis >= 0. The basis gets no gradient: it follows
+    the activations by `weighted_basis_update`. A NaN stays a NaN. In float32 at least.
+
+    Raises:
+      UserError: if the basis is no floating point vector of 1..8 numbers.
+
+    Reference: Zhang et al., LQ-Nets, ECCV 2018.
+    """
+    x = as_float("x", x)
+    levels = jax.lax.stop_gradient(levels_from_basis(basis, signed=False).values)
+    found, _ = quantize_by_thresholds(x, levels)
+    return straight_through(found, jnp.where(x <= levels[-1], x, jax.lax.stop_gradient(x)))
+
+
+def quantization_error(
+    x: Float[Tensor, "*batch channels"], quantized: Float[Tensor, "*batch channels"], *, per_channel: bool = True
+) -> Float[Array, "*channels"]:
+    """The relative squared error `sum (x - x_q)^2 / sum x^2`, for each channel (the last axis) or over all.
+
+    0 where both are 0 throughout, inf where only x is. In float32 at least.
+
+    Raises:
+      UserError: if the shapes differ.
+    """
+    x, quantized = as_float("x", x), as_float("quantized", quantized)
+    if x.shape != quantized.shape:
+        raise UserError(f"quantized must have the shape of x, {list(x.shape)}, got {list(quantized.shape)}.")
+    axes = tuple(range(x.ndim - 1)) if per_channel else None
+    error, power = (jnp.square(v).sum(axes) for v in (x - quantized, x))
+    return jnp.where(error == 0, 0, error / power)

@@ -1,0 +1,186 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from jkd import nn, quantize, train
+from jkd.errors import UserError
+from jkd.interop.safetensors import load_safetensors, save_safetensors
+from jkd.quantize import (
+    dequantize,
+    direct,
+    export_codes,
+    flipped,
+    pack_bits,
+    pack_params,
+    packed_shapes,
+    quantize_params,
+    unpack,
+    unpack_bits,
+)
+
+IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+MODEL = nn.build("cnn", 5, width=4)
+
+
+PACK = {n: jax.jit(lambda index, n=n: pack_bits(index, n)) for n in range(1, 9)}
+UNPACK = {n: jax.jit(lambda packed, n=n: unpack_bits(packed, n, (3, 7))) for n in range(1, 9)}
+
+
+split_params = jax.jit(quantize_params, static_argnames=("bits", "rules", "form"))
+join_params = jax.jit(direct())
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return nn.init(MODEL, jax.random.key(0), (8, 8, 1))
+
+
+@pytest.fixture(scope="module", params=["onehot", "binary"])
+def split(request, variables):
+    """The model's kernels in two bits, all of them."""
+    return split_params(variables["params"], bits=2, rules=(), form=request.param)
+
+
+# --- codes in bytes ---
+
+
+def test_bits_by_hand():
+    # 3 + 1 * 4 + 2 * 16 + 0 * 64 = 39, then 1.
+    np.testing.assert_array_equal(pack_bits(np.array([3, 1, 2, 0, 1]), 2), [39, 1])
+    # 5 + 6 * 8 + 7 * 64 = 501: over two bytes.
+    np.testing.assert_array_equal(pack_bits(np.array([5, 6, 7]), 3), [501 % 256, 501 // 256])
+    np.testing.assert_array_equal(unpack_bits(np.uint8([39, 1]), 2, (5,)), [3, 1, 2, 0, 1])
+
+
+@given(index=arrays(np.uint8, (3, 7), elements=st.integers(0, 255)), bits=st.integers(1, 8))
+def test_what_is_packed_comes_back(index, bits):
+    index = index % 2**bits
+    packed = PACK[bits](index)
+    assert packed.size == math.ceil(21 * bits / 8)
+    np.testing.assert_array_equal(UNPACK[bits](packed), index)
+
+
+def test_codes_are_those_of_sorted_levels():
+    scores = np.random.default_rng(1).normal(size=(6, 5, 4)).astype(np.float32)
+    levels = np.float32([0.3, -1, 1, -0.3])
+    codes = export_codes(scores, levels)
+    np.testing.assert_array_equal(codes.levels, np.sort(levels))
+    np.testing.assert_array_equal(dequantize(*codes), quantize.direct_quantize(scores, levels))
+
+
+# --- whole models ---
+
+
+def test_a_model_is_quantized_but_for_its_ends(variables):
+    params = variables["params"]
+    joined = join_params(split_params(params))
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    for name in ("stem", "head"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, joined[name], params[name]))
+    for block in ("block1", "block2"):
+        kernel, before = joined[block]["conv"]["kernel"], params[block]["conv"]["kernel"]
+        assert len(np.unique(kernel)) == 4
+        assert np.corrcoef(np.ravel(kernel), np.ravel(before))[0, 1] > 0.9
+        assert jax.tree.all(jax.tree.map(np.array_equal, joined[block]["norm"], params[block]["norm"]))
+    assert np.isfinite(MODEL.apply({**variables, "params": joined}, IMAGES).logits).all()
+
+
+def test_rules_choose_bits_by_path(variables):
+    rules = ((r"block1/conv", 1), (r"^stem/", 3), (r"^head/kernel", 4))
+    joined = join_params(split_params(variables["params"], rules=rules))
+    counts = {path: len(np.unique(joined[path]["conv"]["kernel"])) for path in ("stem", "block1", "block2")}
+    assert counts == {"stem": 8, "block1": 2, "block2": 4}
+    assert len(np.unique(joined["head"]["kernel"])) == 16
+
+
+def test_it_composes_and_trains(variables):
+    keep = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(2).random(x.shape) < 0.5), variables["params"])
+    kernels = {"block1", "block2"}
+
+    def prune(params):
+        cut = {
+            k: {**v, "conv": {"kernel": v["conv"]["kernel"] * keep[k]["conv"]["kernel"]}}
+            for k, v in params.items()
+            if k in kernels
+        }
+        return {**params, **cut}
+
+    materialize = train.chain(direct(), prune)
+    start = split_params(variables["params"])
+    labels = np.arange(4)
+
+    def loss_fn(params, batch, key):
+        full = {**variables, "params": materialize(params)}
+        return optax.losses.softmax_cross_entropy_with_integer_labels(MODEL.apply(full, batch).logits, labels).mean()
+
+    groups = jax.tree_util.tree_map_with_path(
+        lambda path, _: (
+            "choices" if quantize.is_choice(jax.tree_util.keystr(path, simple=True, separator="/")) else "rest"
+        ),
+        start,
+    )
+    optimizer = optax.multi_transform({"choices": optax.adam(0.1), "rest": optax.adam(1e-3)}, groups)
+    step = jax.jit(train.make_train_step(loss_fn, optimizer))
+    state = train.create_state({"params": start}, optimizer)
+    losses = []
+    for t in range(20):
+        state, logged = step(state, IMAGES, jax.random.key(t))
+        losses.append(float(logged["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 < float(flipped(start, state.params)) < 1
+    assert float(flipped(start, start)) == 0
+    kernel = materialize(state.params)["block2"]["conv"]["kernel"]
+    assert np.all(np.asarray(kernel)[~np.asarray(keep["block2"]["conv"]["kernel"])] == 0)
+    assert len(np.unique(kernel)) <= 5
+
+
+def test_a_packed_model_is_small_and_exact(split, variables, tmp_path):
+    packed = pack_params(split)
+    save_safetensors(tmp_path / "small.safetensors", packed)
+    loaded = load_safetensors(tmp_path / "small.safetensors")[0]
+    shapes = packed_shapes(loaded)
+    found = jax.jit(unpack(shapes))(loaded)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(join_params(split)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert [len(np.unique(found[name]["conv"]["kernel"])) for name in ("stem", "block1")] == [4, 4]
+    kernels = [leaf for path, leaf in jax.tree.leaves_with_path(loaded) if "packed" in str(path)]
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    assert sum(leaf.size for leaf in kernels) <= 1.05 * 2 * weights / 8
+    images = jax.jit(lambda v, x: MODEL.apply({**variables, "params": unpack(shapes)(v)}, x).logits)(loaded, IMAGES)
+    assert images.shape == (4, 5)
+
+
+def test_choices_are_split_like_their_weights(variables):
+    mesh = train.make_mesh(fsdp=4)
+    split = split_params(variables["params"])
+    placed = train.place(split, mesh)
+    for one, other in zip(jax.tree.leaves(join_params(placed)), jax.tree.leaves(join_params(split)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda p: quantize_params(p, 0), "bits must be an integer in 1..8, got 0"),
+        (lambda p: quantize_params(p, 2, rules=((".*", 9),)), "bits must be an integer in 1..8, got 9"),
+        (lambda p: quantize_params(p, 2, rules=((".*", 0),)), "Nothing is quantized: rules leave all of"),
+        (lambda p: quantize_params(p, 2, form="ternary"), "form must be one of onehot, binary"),
+        (lambda p: quantize_params(jax.tree.map(lambda x: x * np.nan, p)), "is not finite: levels cannot be found"),
+        (lambda p: pack_params(p), "params hold no levels and choices to pack"),
+        (lambda p: flipped(p, p), "hold no choices"),
+        (lambda p: pack_bits(np.array([4]), 2), "index must lie in 0..3 for 2 bits, got 4..4"),
+        (lambda p: unpack_bits(np.zeros(3, np.uint8), 2, (5,)), "packed must hold 2 bytes for 5 numbers"),
+        (lambda p: export_codes(np.full((2, 2), np.nan, np.float32), np.float32([0, 1])), "assignment is not finite"),
+    ],
+)
+def test_mistakes(call, says, variables):
+    with pytest.raises(UserError, match=says):
+        call(variables["params"])
