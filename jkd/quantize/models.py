@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jkd.errors import UserError, unknown
+from jkd.nn import mixed
 from jkd.quantize.activations import MODES, channel_weights, quantize_activation, weighted_basis_update
 from jkd.quantize.direct import direct_quantize, init_assignment
 from jkd.quantize.levels import activation_basis, check_bits, levels_from_basis, weight_basis
@@ -35,6 +36,13 @@ class _Quantized(nn.Module):
         return direct_quantize(self.param("assignment", scores), levels, self.tau, gradient=self.gradient)
 
 
+def _biased(layer: "DirectQuantDense | DirectQuantConv", y: Array) -> Array:
+    if not layer.use_bias:
+        return y
+    bias = layer.param("bias", nn.initializers.zeros, (layer.features,))
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 class DirectQuantDense(nn.Module):
     """A dense layer whose weights are chosen levels: parameters kernel/assignment, kernel/levels, and bias.
 
@@ -59,8 +67,8 @@ class DirectQuantDense(nn.Module):
         """Maps [..., inputs] to [..., features]."""
         shape = (x.shape[-1], self.features)
         kernel = _Quantized(shape, self.bits, self.tau, self.gradient, name="kernel")()
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype) if self.use_bias else y
+        y = mixed.dot_general(x.astype(self.dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return _biased(self, y)
 
 
 class DirectQuantConv(nn.Module):
@@ -82,14 +90,14 @@ class DirectQuantConv(nn.Module):
         """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), features]."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = _Quantized(shape, self.bits, self.tau, self.gradient, name="kernel")()
-        y = jax.lax.conv_general_dilated(
+        y = mixed.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             (self.stride, self.stride),
             [(self.size // 2, self.size // 2)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype) if self.use_bias else y
+        return _biased(self, y)
 
 
 class ActQuant(nn.Module):
