@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from experiments import distillation_settings as settings
-from experiments.distillation_settings import arm, augmentation
+from experiments.distillation_settings import arm
+from experiments.settings import augmentation
 
 VARIANTS = ("default", "smoke", "cifar100", "cifar100_lt", "imagenet", "imagenet_lt")
 STRENGTHS = {"w": "weak", "s": "strong"}

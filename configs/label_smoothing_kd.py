@@ -27,7 +27,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import distillation_settings as settings
-from experiments.distillation_settings import arm, augmentation
+from experiments.distillation_settings import arm
+from experiments.settings import augmentation
 
 CIFAR = tuple(name for name, (data, _) in settings.PAIRS.items() if data == "cifar100")
 # Teacher and student of the paper, by variant.

@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from jkd import data, metrics, nn, train
 from jkd.errors import UserError, unknown
 
 SPLIT_SEEDS = 2**31 - 1
-SCHEDULES = ("cosine", "steps")
 # Published augmentation policies for color images, by name.
 POLICIES: dict[str, Any] = {
     "none": None,
@@ -299,14 +297,6 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
     return Predictor(predict, task.shape, variables, model)
 
 
-def check_schedule(section: ConfigDict, name: str, milestones: str, epochs: tuple) -> None:
-    """Raises UserError unless a section's schedule exists, and its milestones (of the field `milestones`) are > 0."""
-    if section.schedule not in SCHEDULES:
-        raise unknown(f"{name}.schedule", section.schedule, SCHEDULES)
-    if section.schedule == "steps" and not all(epoch > 0 for epoch in epochs):
-        raise UserError(f"{milestones} must be epochs > 0 where {name}.schedule is 'steps', got {tuple(epochs)}.")
-
-
 def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonnegative: tuple = ()) -> None:
     """Raises UserError unless these fields of the section `name` ("": the config) are finite and > 0, or >= 0."""
     for field in (*positive, *nonnegative):
@@ -314,36 +304,6 @@ def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonne
         if not (math.isfinite(value) and value >= 0 and (value > 0 or field in nonnegative)):
             shown = f"{name}.{field}" if name else field
             raise UserError(f"{shown} must be finite and {least}, got {value}.")
-
-
-def make_optimizer(config: ConfigDict, lr: float, num_steps: int, steps_per_epoch: float) -> Any:
-    """SGD with coupled weight decay (added before momentum) under a cosine or piecewise constant schedule.
-
-    `milestones` are epochs: the rate drops tenfold after each of them. In the first `warmup_epochs` it is scaled by
-    (t + 1) / (their steps).
-
-    Raises:
-      UserError: for another schedule; `check_schedule` says so with the name of the section.
-    """
-    if config.schedule == "cosine":
-        shape = optax.cosine_decay_schedule(1.0, num_steps)
-    elif config.schedule == "steps":
-        drops = {round(epoch * steps_per_epoch): 0.1 for epoch in config.milestones}
-        shape = optax.piecewise_constant_schedule(1.0, drops)
-    else:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    rising = round(config.warmup_epochs * steps_per_epoch)
-
-    def descent(t: Any) -> Any:
-        return -shape(t) * (jnp.minimum((t + 1) / rising, 1.0) if rising else 1.0)
-
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.trace(config.momentum),
-        optax.scale_by_schedule(descent),
-        # The rate is part of the state: one compiled step serves all that are tried.
-        optax.inject_hyperparams(optax.scale)(step_size=lr),
-    )
 
 
 def steps_of(config: ConfigDict, task: Task, epochs: float, batch_size: int = 0) -> tuple[int, float]:

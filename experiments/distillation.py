@@ -23,9 +23,11 @@ from experiments.distillation_setup import (
     teacher_section,
     variable_shapes,
 )
+from experiments.networks import cross_entropy_step, seeds
+from experiments.optimizers import check_optimizer, make_optimizer
 from experiments.stored import FILES, Stored, check_seeds, one_of, stored_stage
 from experiments.warm_starts import check_warm, read_as, warm_needs, warmed
-from jkd import distill, metrics, nn, prune, train
+from jkd import distill, nn, prune, train
 from jkd.errors import UserError, unknown
 
 TEACHERS = ("live", "cached")
@@ -48,7 +50,7 @@ def check(config: ConfigDict) -> None:
     for name in selected_arms(config):
         arm = config.arms[name]
         cls.check_numbers(arm, f"arms.{name}", positive=("lr", "epochs"))
-        cls.check_schedule(config.student, "student", f"arms.{name}.milestones", arm.milestones)
+        check_optimizer(config.student, "student", f"arms.{name}.milestones", arm.milestones)
         for teacher in arm.teachers:
             if teacher not in config.teachers:
                 raise unknown(f"teacher in arms.{name}.teachers", teacher, config.teachers)
@@ -65,7 +67,7 @@ def check_section(section: ConfigDict, field: str) -> None:
     """Raises UserError for a teacher that could not be trained."""
     cls.check_numbers(section, field, positive=("lr", "epochs"))
     cls.check_numbers(section, field, nonnegative=("momentum", "weight_decay", "warmup_epochs", "smoothing", "replica"))
-    cls.check_schedule(section, field, f"{field}.milestones", section.milestones)
+    check_optimizer(section, field, f"{field}.milestones", section.milestones)
     for name, known in (("source", TEACHERS), ("view", VIEWS)):
         if section[name] not in known:
             raise unknown(f"{field}.{name}", section[name], known)
@@ -100,29 +102,13 @@ def teacher_stages(setup: Setup, evaluators: Callable | None = None) -> list[tra
     return stages
 
 
-def seeds(setup: Setup, stage: train.Stage) -> train.Stage:
-    """A stage as the config executes it, as an ensemble over its paired seeds."""
-    stage = cls.transformed(setup.config, setup.task, stage)
-    return train.ensemble(stage, keys=cls.member_keys(setup.config), mode=setup.config.ensemble)
-
-
 def train_teacher(
     setup: Setup, name: str, section: ConfigDict, evaluators: Mapping[str, train.Evaluator]
 ) -> train.Stage:
     """A teacher trained by cross-entropy on (smoothed) labels."""
-    config, model, views = setup.config, setup.teachers[name], setup.views[section.view]
+    config, model = setup.config, setup.teachers[name]
     steps, per_epoch = cls.steps_of(config, setup.task, section.epochs)
-    optimizer = cls.make_optimizer(section, section.lr, steps, per_epoch)
-
-    def view(key: jax.Array, consts: Any, batch: Any) -> Any:
-        return {**batch, "image": views.train(key, batch["image"])}
-
-    def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
-        out, model_state = nn.apply_train(model.apply, params, state.model_state, batch["image"])
-        correct = metrics.topk_correct(out.logits, batch["label"]).mean()
-        loss = distill.cross_entropy(out.logits, batch["label"], smoothing=section.smoothing)
-        return loss, train.Aux({"accuracy": correct}, model_state)
-
+    optimizer = make_optimizer(section, section.lr, steps, per_epoch)
     return train.Stage(
         name,
         steps,
@@ -130,7 +116,7 @@ def train_teacher(
         data=lambda consts: setup.task.source(consts, config.batch_size),
         needs=warm_needs(setup, "teacher"),
         init=initializer(setup, name, optimizer, section.replica),
-        step=train.ModelStep(loss_fn, optimizer, view),
+        step=cross_entropy_step(model, setup.views[section.view], optimizer, section.smoothing),
         publish=lambda state: state.variables,
         evaluators={
             **cls.accuracy_evaluators(config, setup.task, model, setup.views["weak"], per_epoch),
@@ -203,7 +189,7 @@ def student_stage(
     steps, per_epoch = cls.steps_of(config, setup.task, arm.epochs, size)
     section = config.student.copy_and_resolve_references()
     section.milestones = arm.milestones
-    optimizer = cls.make_optimizer(section, arm.lr, steps, per_epoch)
+    optimizer = make_optimizer(section, arm.lr, steps, per_epoch)
 
     def prepare(key: jax.Array, previous: Mapping[str, train.Outcome], sweep: Callable) -> dict[str, Any]:
         # The teachers' stages drew their rows from the same key.

@@ -5,6 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import settings
+from experiments.settings import augmentation, network
+
 WEIGHTS = ("ce", "kd", "dkd", "cosine", "cswt", "value", "rank", "two_view")
 # The standard pairs of teacher and student, by variant.
 CIFAR_PAIRS = (
@@ -57,23 +60,10 @@ def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
     return config
 
 
-def network(model: str, lr: float, epochs: float) -> ConfigDict:
-    """A model and how it is trained; the rate and epochs of students are their arm's."""
-    config = ConfigDict()
-    config.model, config.hidden, config.width = model, (256, 256), 16
-    config.lr, config.epochs = lr, epochs
-    config.schedule, config.milestones = "cosine", (0,)  # or "steps": tenfold drops after these epochs
-    config.warmup_epochs = 0.0  # in which the rate rises linearly
-    config.momentum, config.weight_decay = 0.9, 5e-4
-    # A warm start: WORKDIR:STAGE, .safetensors or .pth file; rules "regex -> replacement", "regex ->" drops.
-    config.init_from, config.init_rules = "", ()
-    return config
-
-
 def teacher(model: str, lr: float, epochs: float) -> ConfigDict:
     """The network of the teachers, and where its logits come from."""
     config = network(model, lr, epochs)
-    config.smoothing, config.view = 0.0, "weak"  # of its labels; how its images are augmented
+    config.smoothing, config.view = 0.0, "weak"  # of its labels; or strong: how its images are augmented
     config.replica = 0  # another number: another start and another order of the same rows
     config.source, config.bank = "live", 8  # or cached: logits of so many views of each image
     config.workdir, config.stage = "", ""  # a finished run, or a file, to take it from; "": the stage of its own name
@@ -82,71 +72,21 @@ def teacher(model: str, lr: float, epochs: float) -> ConfigDict:
 
 def base(method: str) -> ConfigDict:
     """5,000 MNIST digits and dense nets: the small default of every method. It has no arms yet."""
-    config = ConfigDict()
-    config.method = method
-    config.seed, config.seeds, config.ensemble = 0, 8, "vmap"  # paired seeds; vmap, unroll or loop
-    config.batch_size, config.eval_batch_size = 64, 1000
-    config.eval_epochs = 10.0  # between evaluations; the last one always happens
-    config.log_every = 50
-
-    config.precision = "float32"  # or bfloat16: what models compute in; parameters, losses and sums stay float32
-    config.remat, config.microbatches = False, 1  # less memory for the same step
-    config.average = ConfigDict({"kind": "none", "decay": 0.999, "start_epoch": 0.0})  # ema or mean of the parameters
-
-    config.data = ConfigDict()
-    config.data.name, config.data.data_dir, config.data.image_size = "mnist5k", "", 0
-    # Every seed draws training and validation rows of its own from the first; all are tested on the second.
-    config.data.train_split, config.data.test_split = "train+test[:1000]", "test[1000:]"
-    config.data.train_examples, config.data.validation_examples = 0, 1000  # 0: all others
-    config.data.test_per_class = 0  # test rows of each class; 0: all
-    config.data.imbalance = 1.0
-    config.data.weak = augmentation(shift=1)
-    config.data.strong = augmentation(shift=3, cutout=8)
-    config.data.resize = 0  # images of one size come to models resized to this side, in views of both kinds
-    config.data.mean, config.data.std = (0.1307,), (0.3081,)
-    # For plans without the data: what they look like.
-    config.data.blank, config.data.shape, config.data.num_classes = False, (28, 28, 1), 10
-    config.data.num_examples = 2000
-
+    config = settings.base(method)
     config.teacher = teacher("mlp", 0.05, 40.0)
     config.teachers = ConfigDict({"teacher": {}})  # stages by name, with what differs from `teacher`
     config.student = network("mlp", 0.01, 40.0)
     config.student.hidden = (24, 24)
-    config.arms = ConfigDict()
-    config.only = ()  # some of the arms and teachers; empty: all
-
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "slices": 1})
-    config.loop = ConfigDict({"checkpoint_every": 500, "keep": 3, "progress": True, "tensorboard": True})
-    config.loop.peer_timeout, config.loop.hang_timeout = 60.0, 1800.0  # seconds; 0: off; see docs/reliability.md
-    config.loop.workers, config.loop.prefetch = 4, 4  # threads that read what does not fit in memory; batches ahead
     return config
-
-
-def augmentation(**changes: Any) -> ConfigDict:
-    """How images are augmented, in this order; zeros leave a step out.
-
-    `crop`: the least share of the area that random resized crops keep; `rotation`: at most so many degrees; `jitter`:
-    of color, as a share; the others in pixels.
-    """
-    steps: dict[str, Any] = {"crop": 0.0, "shift": 0, "pad_crop": 0, "flip": False, "rotation": 0.0}
-    steps |= {"jitter": 0.0, "policy": "none", "cutout": 0}
-    return ConfigDict(steps | changes)
 
 
 def smoke(config: ConfigDict) -> None:
     """Seconds: two seeds, few images, all arms."""
-    config.seeds, config.batch_size, config.eval_batch_size, config.log_every = 2, 16, 96, 1
-    config.data.train_examples, config.data.validation_examples = 40, 48
-    config.data.name, config.data.shape, config.data.num_examples = "digits8x8", (8, 8, 1), 1297
-    config.data.train_split, config.data.test_split = "train", "test"
-    # Compiling random shifts would take longer than all else.
-    config.data.weak, config.data.strong = augmentation(), augmentation(cutout=2)
-    config.eval_epochs = 0.0
+    settings.smoke(config)
     config.teacher.hidden, config.student.hidden = (16,), (8,)
     config.teacher.epochs = 0.8
     for one in config.arms.values():
         one.epochs, one.batch_size = 0.8, 0
-    config.loop.checkpoint_every = 0
 
 
 def hard(config: ConfigDict) -> None:
@@ -170,13 +110,7 @@ def hard(config: ConfigDict) -> None:
 
 def cifar100(config: ConfigDict, pair: str) -> None:
     """The CIFAR-100 protocol of the distillation papers: 240 epochs, batch 64, tenfold drops after 150, 180 and 210."""
-    config.seeds, config.ensemble, config.eval_epochs, config.log_every = 1, "loop", 1.0, 100
-    config.data.name, config.data.train_split, config.data.test_split = "cifar100", "train", "test"
-    config.data.train_examples, config.data.validation_examples = 0, 0
-    config.data.shape, config.data.num_classes, config.data.num_examples = (32, 32, 3), 100, 50000
-    config.data.weak = augmentation(pad_crop=4, flip=True)
-    config.data.strong = augmentation(policy="randaugment", pad_crop=4, flip=True)
-    config.data.mean, config.data.std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    settings.cifar100(config)
     steps = {"schedule": "steps", "milestones": (150, 180, 210)}
     big, small = pair.split("-")
     config.teacher.update({"model": big, "lr": 0.05, "epochs": 240.0, **steps})
@@ -184,20 +118,11 @@ def cifar100(config: ConfigDict, pair: str) -> None:
     lr = 0.01 if small.startswith(LIGHT) else 0.05
     for one in config.arms.values():
         one.update({"lr": lr, "epochs": 240.0 * one.epochs / 40, "milestones": (150, 180, 210)})
-    config.loop.checkpoint_every = 5000
 
 
 def imagenet(config: ConfigDict, pair: str) -> None:
     """The ImageNet protocol of the distillation papers: 100 epochs, batch 512, tenfold drops after 30, 60 and 90."""
-    config.seeds, config.ensemble, config.eval_epochs, config.log_every = 1, "loop", 1.0, 100
-    config.batch_size, config.eval_batch_size = 512, 512
-    config.data.name, config.data.image_size = "imagenet2012", 224
-    config.data.train_split, config.data.test_split = "train", "validation"
-    config.data.train_examples, config.data.validation_examples = 0, 0
-    config.data.shape, config.data.num_classes, config.data.num_examples = (224, 224, 3), 1000, 1281167
-    config.data.weak = augmentation(flip=True)
-    config.data.strong = augmentation(policy="randaugment", flip=True)
-    config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    settings.imagenet(config)
     steps = {"schedule": "steps", "milestones": (30, 60, 90), "weight_decay": 1e-4}
     big, small = pair.split("-")
     config.teacher.update({"model": big, "lr": 0.2, "epochs": 100.0, **steps})
@@ -206,7 +131,6 @@ def imagenet(config: ConfigDict, pair: str) -> None:
         one.update({"lr": 0.2, "epochs": 100.0 * one.epochs / 40, "milestones": (30, 60, 90)})
         if one.temperatures == "fixed":
             one.temperature = 1.0
-    config.loop.checkpoint_every = 2000
 
 
 def vary(config: ConfigDict, variant: str, cifar100: Callable = cifar100, imagenet: Callable = imagenet) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers_experiments import SMOKE
 
-from experiments import arms, classification, cli, distillation
+from experiments import arms, cli, distillation, optimizers
 from experiments.distillation_setup import Setup
 from jkd import distill, nn, train
 
@@ -209,7 +209,7 @@ def test_a_step_adds_the_distillation_of_the_mixed_images(name, weight, setup, t
     count = 3 if name == "kd_he_da" else 4  # the uncertain ones have a capacity
     mixed, weights = setup.views["weak"].plain(batch["image"][::-1][:4]), (jnp.arange(4) < count).astype(jnp.float32)
     monkeypatch.setattr(arms, "mix", lambda *args: (mixed, weights))
-    optimizer = classification.make_optimizer(setup.config.student, 0.1, 10, 5.0)
+    optimizer = optimizers.make_optimizer(setup.config.student, 0.1, 10, 5.0)
     state = train.create_state(nn.init(setup.student, jax.random.key(6), setup.task.shape), optimizer)
     limits = {"low": jnp.float32(-9), "high": jnp.float32(-5)}
     consts = {"teachers": {"teacher": teacher}, "thresholds": {"teacher": limits}}
@@ -299,7 +299,7 @@ def rates(config, lr, steps, per_epoch, at):
     """The learning rates of a section's optimizer at some steps, as they move a parameter."""
     section = config.copy_and_resolve_references()
     section.momentum, section.weight_decay = 0.0, 0.0
-    optimizer = classification.make_optimizer(section, lr, steps, per_epoch)
+    optimizer = optimizers.make_optimizer(section, lr, steps, per_epoch)
     state = optimizer.init(jnp.zeros(()))
     found = {}
     for t in range(max(at) + 1):
@@ -320,7 +320,7 @@ def test_the_rate_drops_with_the_epoch_after_each_milestone():
 def test_decay_comes_before_momentum():
     config = cli.load_config("configs/energy_kd.py").teacher
     config.weight_decay = 0.5
-    optimizer = classification.make_optimizer(config, 0.1, 10**9, 1.0)
+    optimizer = optimizers.make_optimizer(config, 0.1, 10**9, 1.0)
     params, state = jnp.array(2.0), optimizer.init(jnp.array(2.0))
     moved = []
     for _ in range(2):
