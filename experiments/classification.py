@@ -216,7 +216,9 @@ def build_model(config: ConfigDict, task: Task, precision: str) -> Any:
     `precision` is what it computes in. Parameters, statistics, logits and losses, and all sums over devices, are
     float32 for "float32" and "bfloat16", and float64 for "float64".
     """
-    options = {"hidden": tuple(config.hidden)} if config.model == "mlp" else {}
+    options: dict[str, Any] = {}
+    if config.model == "mlp":
+        options = {"hidden": tuple(config.hidden), "norm": config.norm}
     if config.model == "cnn":
         options = {"width": config.width}
     if precision not in PRECISIONS:

@@ -6,6 +6,7 @@ A config has a `network` and `arms`; the arms of a method are stages that differ
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,17 @@ def check(config: ConfigDict) -> None:
     if config.network.smoothing > 1:
         raise UserError(f"network.smoothing must lie in [0, 1], got {config.network.smoothing}.")
     for name in selected_arms(config):
-        cls.check_numbers(config.arms[name], f"arms.{name}", positive=("lr",), nonnegative=("epochs",))
+        cls.check_numbers(config.arms[name], f"arms.{name}", positive=("lr",))
+    for pattern in config.get("exempt", ()):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"exempt: {pattern!r} is no regular expression: {error}.") from error
+
+
+def is_kernel(path: str, exempt: Sequence[str] = ()) -> bool:
+    """Whether a leaf is the kernel of a layer, and of none whose path one of the regexes finds."""
+    return path.split("/")[-1] == "kernel" and not any(re.search(pattern, path) for pattern in exempt)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

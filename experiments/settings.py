@@ -46,7 +46,8 @@ def base(method: str) -> ConfigDict:
 def network(model: str, lr: float, epochs: float) -> ConfigDict:
     """A model and how it is trained; the rate and epochs of students are their arm's."""
     config = ConfigDict()
-    config.model, config.hidden, config.width = model, (256, 256), 16
+    config.model, config.hidden, config.width = model, (256, 256), 16  # hidden: of mlp; width: of cnn
+    config.norm = False  # of mlp: batch normalization
     config.lr, config.epochs = lr, epochs
     config.schedule, config.milestones = "cosine", (0,)  # or cosine_epochs, or steps: tenfold drops after these epochs
     config.warmup_epochs = 0.0  # in which the rate rises linearly

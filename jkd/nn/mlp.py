@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jkd.nn.layers import (
     Images,
     at_least_float32,
+    batch_norm,
     check_classes,
     check_images,
     check_width,
@@ -26,6 +27,7 @@ class MLP(nn.Module):
     Attributes:
       hidden: units of each hidden layer; () is a linear classifier.
       num_classes: at least 2.
+      norm: whether batch normalization stands before each ReLU.
       dtype: of the hidden layers; the last hidden vector ("pool") and the logits are float32 at least.
       param_dtype: of the parameters.
 
@@ -35,6 +37,7 @@ class MLP(nn.Module):
 
     hidden: tuple[int, ...] = (256, 256)
     num_classes: int = 10
+    norm: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -46,14 +49,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool = False) -> Outputs:
-        """Returns logits and the features "hidden1" ... "hiddenN" and "pool"; `train` changes nothing."""
-        del train
+        """Returns logits and the features "hidden1" ... "hiddenN" and "pool"; without `norm`, `train` changes nothing."""
         x = check_images(images)
         # The size is spelled out: -1 is ambiguous for an empty batch.
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         features = {}
         for i, units in enumerate(self.hidden, start=1):
             x = linear(x.shape[-1], units, self.dtype, self.param_dtype, f"hidden{i}")(x)
+            if self.norm:
+                x = batch_norm(train, dtype=self.dtype, param_dtype=self.param_dtype, name=f"norm{i}")(x)
             x = keep(nn.relu(x).astype(self.dtype))
             features[f"hidden{i}"] = x
         features["pool"] = x.astype(at_least_float32(self.dtype))
@@ -64,8 +68,9 @@ def mlp(
     num_classes: int = 10,
     *,
     hidden: Sequence[int] = (256, 256),
+    norm: bool = False,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
 ) -> MLP:
-    """A multilayer perceptron with the `hidden` layers."""
-    return MLP(tuple(hidden), num_classes, dtype, param_dtype)
+    """A multilayer perceptron with the `hidden` layers, with batch normalization or without."""
+    return MLP(tuple(hidden), num_classes, norm, dtype, param_dtype)

@@ -40,7 +40,7 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
       num_classes: at least 2.
       **kwargs: `dtype` and `param_dtype` (floating dtypes, or their names such as "bfloat16") for every
         model; `width` (channels of the stem, or what the builder says) for convolutional ones, `multiplier`
-        (of all channels) for a MobileNetV2; `hidden` (units a layer) for "mlp".
+        (of all channels) for a MobileNetV2; `hidden` (units a layer) and `norm` for "mlp".
 
     Raises:
       UserError: where the name or an argument is unknown, or a value is out of range.
