@@ -119,7 +119,13 @@ def overview(found: Sequence[tuple[AbstractStage, Mapping[str, int]]], mesh: Mes
         text = "" if images is None else "x".join(map(str, images.shape))
         numbers = [human(of[part]) for part in PARTS]
         made.add_row(
-            one.name, ", ".join(one.needs), seeds, f"{one.num_steps:,}", text, *numbers, human(sum(of.values()))
+            one.name,
+            ", ".join(one.needs),
+            seeds,
+            f"{one.num_steps - one.first_step:,}",
+            text,
+            *numbers,
+            human(sum(of.values())),
         )
     return made
 

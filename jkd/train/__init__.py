@@ -10,7 +10,15 @@ from jkd.train.outcome import check_run, evaluate_outcome, finished_stages, load
 from jkd.train.passes import evaluate, sweep
 from jkd.train.signals import Preempted
 from jkd.train.stage import Evaluator, Outcome, Stage
-from jkd.train.state import ModelStep, TrainState, chain, create_state, make_train_step
+from jkd.train.state import (
+    ModelStep,
+    TrainState,
+    chain,
+    create_state,
+    make_train_step,
+    plain_state,
+    restore_state,
+)
 from jkd.train.transforms import AVERAGES, average, microbatch, remat
 from jkd.train.warm import warm_start
 
@@ -42,8 +50,10 @@ __all__ = [
     "microbatch",
     "outcome_shapes",
     "place",
+    "plain_state",
     "remat",
     "replicate",
+    "restore_state",
     "run",
     "shard",
     "sweep",

@@ -49,6 +49,7 @@ def ensemble(stage: Stage, keys: jax.Array, mode: str = "vmap") -> Stage:
         init=functools.partial(_init, stage, batched, len(keys)),
         step=stage.step and _lift(stage.step, batched, len(keys), (0, 0, 0, 0, None)),
         publish=_lift(stage.publish, batched, len(keys), (0,)),
+        snapshot=stage.snapshot and _lift(stage.snapshot, batched, len(keys), (0,)),
         evaluators={n: _evaluator(e, batched, len(keys)) for n, e in stage.evaluators.items()},
     )
 

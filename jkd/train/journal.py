@@ -27,7 +27,7 @@ class Journal:
 
     def open(self, stored: Mapping[str, Any], step: int) -> None:
         """Goes on at a step, behind what a checkpoint or an outcome has `stored`."""
-        self.history = stored.get("history", {}) if step else {}
+        self.history = stored.get("history", {})
         path = self._ctx.workdir / "metrics.jsonl"
         self._lines = on_chief(lambda: JsonLines(path, stored.get("log_offset", 0), stored.get("log_check")))
         if self._ctx.chief and self._ctx.options.tensorboard:

@@ -4,7 +4,7 @@ import functools
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,7 +110,7 @@ class _StageRun:
         self.index = index
         self.folder = workdirs.stage_folder(ctx.workdir, index, self.stage.name)
         self.journal = Journal(ctx, self.stage.name, self.folder.name)
-        self.t = 0
+        self.t = self.stage.first_step
         self._open: Any = None  # the last dispatched step's (t, reports), not read yet
 
     # --- the stage as a whole ---
@@ -127,7 +127,7 @@ class _StageRun:
 
     def _train(self, checkpoint_folder: epath.Path) -> None:
         ctx, stage = self.ctx, self.stage
-        ctx.progress.at("prepare", stage=stage.name, step=0, saved=0)
+        ctx.progress.at("prepare", stage=stage.name, step=stage.first_step, saved=stage.first_step)
         previous = self._previous()
         key = self._key()
         ctx.stop_if_asked(f"prepare of stage {stage.name!r}")
@@ -208,13 +208,13 @@ class _StageRun:
         if self.index == 0:
             return {}
         last = workdirs.stage_folder(self.ctx.workdir, self.index - 1, self.stages[self.index - 1].name)
-        return load_meta(last / "outcome")
+        return {**load_meta(last / "outcome"), "history": {}}
 
     # --- stepping ---
 
     def _steps(self) -> None:
         stage, ctx = self.stage, self.ctx
-        if not stage.num_steps:
+        if not stage.has_steps:
             return
         source = self.members[0].source
         images = 0 if source is None else source.batch_size * max(stage.members, 1)
@@ -304,7 +304,8 @@ class _StageRun:
 
     def _snapshot(self, folder: epath.Path) -> None:
         if not is_stored(folder):
-            save_plain(folder, self._publish(), {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
+            kept = self._shown(self.stage.snapshot or self.stage.publish)
+            save_plain(folder, kept, {}, mesh=self.ctx.mesh, rules=self.ctx.rules)
 
     def _stop_if_asked(self) -> None:
         if not self.ctx.stop.reached():
@@ -331,11 +332,14 @@ class _StageRun:
             check_no_nan(m.carry.state, f"After the last step of stage {self.stage.name!r}")
 
     def _publish(self) -> Any:
+        return self._shown(self.stage.publish)
+
+    def _shown(self, view: Callable) -> Any:
         outs = []
         for m in self.members:
-            shapes = jax.eval_shape(self.stage.publish, m.carry.state)
+            shapes = jax.eval_shape(view, m.carry.state)
             shardings = tree_shardings(shapes, self.ctx.mesh, self.ctx.rules)
-            outs.append(jax.jit(self.stage.publish, out_shardings=shardings)(m.carry.state))
+            outs.append(jax.jit(view, out_shardings=shardings)(m.carry.state))
         return stack(outs) if self.stage.looped else outs[0]
 
     def _evaluate(self, *, final: bool) -> None:

@@ -94,16 +94,17 @@ def abstract_stages(
         source = stage.data(one_consts)
         plan = plan_stage(stage, source, split_key(one_key)[1], one_previous, one_consts, mesh, rules)
         yield AbstractStage(stage, source, one_key, one_previous, plan)
-        published = _zeros(jax.eval_shape(stage.publish, plan.carry.state))
+        views = (stage.publish, stage.snapshot or stage.publish)
+        published, kept = (_zeros(jax.eval_shape(view, plan.carry.state)) for view in views)
         if stage.looped:
-            published = _repeated(published, stage.members)
-        snapshots = dict.fromkeys(stage.snapshots, published)
+            published, kept = _repeated((published, kept), stage.members)
+        snapshots = dict.fromkeys(stage.snapshots, kept)
         outcomes[stage.name] = Outcome(published, snapshots, consts, {}, stage.members)
 
 
 def has_steps(stage: Stage) -> bool:
     """Whether there is a program to plan for."""
-    return bool(stage.num_steps) and stage.step is not None
+    return stage.has_steps and stage.step is not None
 
 
 def _needed(stages: Sequence[Stage], only: Collection[str] | None) -> list[Stage]:

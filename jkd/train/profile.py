@@ -35,15 +35,16 @@ def parse_span(text: str, stages: Sequence[Stage]) -> Span | None:
     found = re.fullmatch(r"(?:([A-Za-z0-9_-]+):)?(\d+):(\d+)", text)
     if found is None:
         raise UserError(f"profile must be START:STOP or STAGE:START:STOP, such as 10:20 or kd:10:20, got {text!r}.")
-    stepping = {stage.name: stage.num_steps for stage in stages if stage.num_steps}
+    stepping = {stage.name: (stage.first_step, stage.num_steps) for stage in stages if stage.has_steps}
     name = found[1] or next(iter(stepping), "")
     if name not in stepping:
         raise unknown("stage with steps in profile", name, stepping)
     start, stop = int(found[2]), int(found[3])
-    if not start < stop <= stepping[name]:
-        raise UserError(
-            f"profile={text!r}: START must be below STOP, and STOP at most {stepping[name]}, the steps of {name!r}."
-        )
+    first, end = stepping[name]
+    if not start < stop <= end:
+        raise UserError(f"profile={text!r}: START must be below STOP, and STOP at most {end}, the steps of {name!r}.")
+    if start < first:
+        raise UserError(f"profile={text!r}: START must be at least {first}, the first step of {name!r}.")
     return Span(name, start, stop)
 
 

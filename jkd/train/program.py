@@ -178,11 +178,13 @@ def plan_stage(stage: Stage, source: Any, key: Any, previous: Any, consts: Any, 
         crossed, resident = crossed_shapes(source), abstract(source.resident)
         batch = jax.eval_shape(source.assemble, resident, crossed)
     metrics: Any = {}
-    if stage.num_steps and stage.step is not None:
+    if stage.has_steps and stage.step is not None:
         t = jax.ShapeDtypeStruct((), jnp.int32)
         after, metrics = jax.eval_shape(stage.step, key, state, consts, batch, t)
         check_metrics(stage, metrics, source)
         check_state(stage, state, after)
     check_plain(jax.eval_shape(stage.publish, state), f"Stage {stage.name!r}: publish")
+    if stage.snapshot is not None:
+        check_plain(jax.eval_shape(stage.snapshot, state), f"Stage {stage.name!r}: snapshot")
     carry = jax.eval_shape(make_carry, state, metrics)
     return Plan(carry, crossed, consts, resident, tree_shardings(carry, mesh, carry_rules(rules)))

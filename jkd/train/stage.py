@@ -19,7 +19,7 @@ class Outcome:
 
     Attributes:
       published: the result of `Stage.publish`; a plain tree (dicts, lists, tuples, arrays).
-      snapshots: `{step: published}` for the steps that the stage asked for.
+      snapshots: `{step: tree}` for the steps that the stage asked for: what `Stage.snapshot` returned.
       consts: what `Stage.prepare` returned.
       metrics: `{evaluator/name: value}` of the last evaluation.
       members: the number of seeds of an ensemble (a leading axis of every array), 0 for a single run.
@@ -81,7 +81,8 @@ class Stage:
 
     Attributes:
       name: letters, digits, `_` and `-`; unique in a run.
-      num_steps: how often `step` is called; 0 only prepares and publishes.
+      num_steps: where the stage ends: `step` is called for t = first_step .. num_steps - 1. 0 only prepares and
+        publishes.
       init: `init(key, previous, consts) -> state`, traced; the state is created sharded.
       step: `step(key, state, consts, batch, t) -> (state, metrics)`, traced. The key is the stage's key folded
         with t; t and key come from the loop and are never part of the state. `metrics` is a dict of scalars.
@@ -91,8 +92,12 @@ class Stage:
         one pass of a source and returns all rows as numpy arrays.
       data: `data(consts) -> Source`, or None for a stage whose step works on no batch.
       evaluators: measurements by name.
-      snapshots: steps (1..num_steps) after which the published state is kept for later stages.
+      snapshots: steps (first_step + 1 .. num_steps) after which a snapshot is kept for later stages.
       publish: `publish(state)`, traced -> what later stages, evaluation and export see; a plain tree.
+      snapshot: `snapshot(state)`, traced -> what `snapshots` keep, a plain tree; by default what `publish` returns.
+        `train.plain_state` keeps all that a stage needs to go on.
+      first_step: the first t. A stage that goes on from a snapshot of another at step t begins at t: with that
+        stage's key and data it sees the batches and keys that the other saw from there on.
       key: the stage's key; by default derived from the run's seed and the stage's name. An ensemble holds one
         key a member.
       members: the number of seeds in an ensemble, 0 for a single run.
@@ -111,6 +116,8 @@ class Stage:
     evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
     snapshots: Sequence[int] = ()
     publish: Callable = _identity
+    snapshot: Callable | None = None
+    first_step: int = 0
     key: Any = None
     members: int = 0
     looped: bool = False
@@ -121,11 +128,22 @@ class Stage:
             raise UserError(f"Stage name {self.name!r} may hold letters, digits, '_' and '-' only.")
         if self.num_steps < 0:
             raise UserError(f"Stage {self.name!r}: num_steps must be >= 0, got {self.num_steps}.")
-        if self.num_steps and self.step is None:
+        if not 0 <= self.first_step <= self.num_steps:
+            raise UserError(
+                f"Stage {self.name!r}: first_step must lie in 0..{self.num_steps} (num_steps), got {self.first_step}."
+            )
+        if self.has_steps and self.step is None:
             raise UserError(f"Stage {self.name!r} has num_steps={self.num_steps} but no step function.")
-        outside = [t for t in self.snapshots if not 1 <= t <= self.num_steps]
+        outside = [t for t in self.snapshots if not self.first_step < t <= self.num_steps]
         if outside:
-            raise UserError(f"Stage {self.name!r}: snapshots {outside} are outside 1..{self.num_steps}.")
+            raise UserError(
+                f"Stage {self.name!r}: snapshots {outside} are outside {self.first_step + 1}..{self.num_steps}."
+            )
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether `step` is called at all."""
+        return self.first_step < self.num_steps
 
 
 def check_stages(stages: Sequence[Stage]) -> None:

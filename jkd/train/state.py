@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import optax
 
+from jkd.errors import UserError
 from jkd.train.gradient import value_and_grad
+from jkd.train.mesh import path_name
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +37,41 @@ def create_state(variables: Any, optimizer: optax.GradientTransformation) -> Tra
     """Splits `variables` into parameters and the rest, and initializes the optimizer."""
     model_state = {name: tree for name, tree in variables.items() if name != "params"}
     return TrainState(variables["params"], optimizer.init(variables["params"]), model_state)
+
+
+def plain_state(state: TrainState) -> dict[str, Any]:
+    """The whole state as a plain tree, for `Stage.snapshot`: `restore_state` makes a state of it again.
+
+    Returns:
+      `{"params", "opt_state", "model_state"}`, where the optimizer's state is a dict of its leaves by path, such as
+      `0/trace/dense/kernel`: sharding rules find the names of the parameters in them.
+    """
+    opt_state = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state.opt_state)}
+    return {"params": state.params, "opt_state": opt_state, "model_state": state.model_state}
+
+
+def restore_state(plain: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state that `plain_state` made a plain tree of, for the optimizer (or an equal one) that it was trained with.
+
+    Raises:
+      UserError: if the optimizer's state has other leaves, shapes or dtypes.
+    """
+    shapes = jax.eval_shape(optimizer.init, plain["params"])
+    leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
+    stored = plain["opt_state"]
+    wrong = [
+        f"{name} ({_kind(stored.get(name))} stored, {_kind(leaves.get(name))} needed)"
+        for name in sorted(stored.keys() | leaves.keys())
+        if _kind(stored.get(name)) != _kind(leaves.get(name))
+    ]
+    if wrong:
+        raise UserError(f"The stored state is of another optimizer. What differs: {', '.join(wrong)}.")
+    opt_state = jax.tree.unflatten(jax.tree.structure(shapes), [stored[name] for name in leaves])
+    return TrainState(plain["params"], opt_state, plain["model_state"])
+
+
+def _kind(leaf: Any) -> str:
+    return "none" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def make_train_step(
@@ -72,7 +109,8 @@ class ModelStep:
 
     Attributes:
       loss_fn: `loss_fn(params, state, consts, batch, key, t)` returns a scalar, or `(scalar, Aux)`.
-      optimizer: any optax transformation.
+      optimizer: any optax transformation; or `optimizer(consts)` that makes one, where it depends on arrays such as
+        masks. Stages that share a `ModelStep` and differ in their consts alone share its compiled program.
       view: `view(key, consts, batch) -> batch`, without gradient: what is drawn at random for the batch as a whole,
         such as augmented images. It gets the same key as the loss: split it where both draw.
       microbatches: see `value_and_grad`.
@@ -80,7 +118,7 @@ class ModelStep:
     """
 
     loss_fn: Callable
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
     view: Callable | None = None
     microbatches: int = 1
     saved: tuple[str, ...] | None = None
@@ -94,7 +132,8 @@ class ModelStep:
         def loss_fn(params: Any, batch: Any, key: jax.Array) -> Any:
             return self.loss_fn(params, state, consts, batch, key, t)
 
-        step = make_train_step(loss_fn, self.optimizer, microbatches=self.microbatches, saved=self.saved)
+        optimizer = self.optimizer(consts) if callable(self.optimizer) else self.optimizer
+        step = make_train_step(loss_fn, optimizer, microbatches=self.microbatches, saved=self.saved)
         return step(state, batch, key)
 
 

@@ -59,8 +59,10 @@ def average(stage: Stage, kind: str = "ema", *, decay: float = 0.999, start: int
         "ema"   w = 1 - min(decay, (1 + k) / (10 + k)), so that the first values are soon forgotten
         "mean"  w = 1 / (1 + k), the plain mean (stochastic weight averaging, Izmailov et al., UAI 2018)
 
-    Before `start`, the average is the newest value. Integers and keys are never averaged. Running statistics of batch
-    normalization are averaged with the parameters; they are not measured again with the averaged ones.
+    Before `start`, the average is the newest value; a stage that begins later (`first_step`) counts k from its own
+    first step. A `Stage.snapshot` is taken of the state without the average. Integers and keys are never averaged.
+    Running statistics of batch normalization are averaged with the parameters; they are not measured again with the
+    averaged ones.
 
     Raises:
       UserError: for another kind, a decay outside [0, 1), or a negative start.
@@ -72,8 +74,9 @@ def average(stage: Stage, kind: str = "ema", *, decay: float = 0.999, start: int
     return dataclasses.replace(
         stage,
         init=_averaged_init(stage.init, stage.publish),
-        step=stage.step and _averaged_step(stage.step, stage.publish, kind, decay, start),
+        step=stage.step and _averaged_step(stage.step, stage.publish, kind, decay, max(start, stage.first_step)),
         publish=_averaged_publish(stage.publish),
+        snapshot=stage.snapshot and _inner(stage.snapshot),
     )
 
 
@@ -111,6 +114,14 @@ def _averaged_publish(publish: Callable) -> Callable:
         return jax.tree.map(lambda a, x: a.astype(x.dtype), state["average"], publish(state["state"]))
 
     return published
+
+
+@cached
+def _inner(snapshot: Callable) -> Callable:
+    def taken(state: dict[str, Any]) -> Any:
+        return snapshot(state["state"])
+
+    return taken
 
 
 def _wide(x: jax.Array) -> jax.Array:
