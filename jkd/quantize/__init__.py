@@ -16,6 +16,7 @@ from jkd.quantize.direct import (
     init_assignment,
     init_binary,
     nearest_levels,
+    nearest_sums,
 )
 from jkd.quantize.levels import (
     Levels,
@@ -31,11 +32,13 @@ from jkd.quantize.transform import (
     bits_of,
     direct,
     flipped,
+    frozen,
     is_choice,
     is_level,
     pack_params,
     packed_shapes,
     quantize_params,
+    refresh_bases,
     unpack,
 )
 
@@ -56,6 +59,7 @@ __all__ = [
     "direct_quantize_binary",
     "export_codes",
     "flipped",
+    "frozen",
     "hard_onehot_ste",
     "init_assignment",
     "init_binary",
@@ -65,6 +69,7 @@ __all__ = [
     "levels_from_basis",
     "nearest_index",
     "nearest_levels",
+    "nearest_sums",
     "pack_bits",
     "pack_params",
     "packed_shapes",
@@ -72,6 +77,7 @@ __all__ = [
     "quantize_activation",
     "quantize_by_thresholds",
     "quantize_params",
+    "refresh_bases",
     "unpack",
     "unpack_bits",
     "weight_basis",

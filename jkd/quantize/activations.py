@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Num
 from jkd.checks import Tensor, as_float
 from jkd.errors import UserError, unknown
 from jkd.quantize.direct import solve_basis, straight_through
-from jkd.quantize.levels import levels_from_basis, nearest_index
+from jkd.quantize.levels import levels_from_basis, lookup, nearest_index
 
 MODES = ("uniform", "variance", "energy", "robust")
 EPSILON = 1e-5
@@ -31,7 +31,7 @@ def quantize_by_thresholds(
     if levels.ndim != 1:
         raise UserError(f"levels must be a vector, got the shape {list(levels.shape)}.")
     index = nearest_index(x, levels)
-    return jnp.where(jnp.isnan(x), jnp.nan, levels[index]), index
+    return jnp.where(jnp.isnan(x), jnp.nan, lookup(levels, index)), index
 
 
 def channel_weights(
@@ -98,7 +98,9 @@ def weighted_basis_update(
     each = [index == k for k in range(len(levels.values))]
     size = jnp.stack([(mask.sum(axes) * weights).sum() for mask in each])
     total = jnp.stack([(jnp.where(mask, x, 0).sum(axes) * weights).sum() for mask in each])
-    return solve_basis(levels.codes, size, total, basis, delta)
+    exact = jax.lax.Precision.HIGHEST
+    gram = jnp.einsum("k,ki,kj->ij", size, levels.codes, levels.codes, precision=exact)
+    return solve_basis(gram, jnp.einsum("k,ki->i", total, levels.codes, precision=exact), basis, delta)
 
 
 def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"]) -> Float[Array, "*shape"]:

@@ -13,24 +13,29 @@ from jaxtyping import Array, Float, Integer
 
 from jkd.checks import Scalar, Tensor, as_float, check_positive
 from jkd.errors import UserError, unknown
-from jkd.quantize.levels import check_bits, levels_from_basis, nearest_index
+from jkd.quantize.levels import check_bits, digit_sum, levels_from_basis, lookup, nearest_index
 
 GRADIENTS = ("softmax", "identity")
 
 
-def init_assignment(kernel: Float[Tensor, "*shape"], levels: Float[Tensor, "levels"]) -> Float[Array, "*shape levels"]:
+def init_assignment(
+    kernel: Float[Tensor, "*shape"], levels: Float[Tensor, "*channels levels"]
+) -> Float[Array, "*shape levels"]:
     """Scores of the levels for each weight, highest for the nearest: `A_ik = -((w_i - v_k) / d)^2`.
 
     d is the mean gap between neighbouring levels. Equal levels (of a constant kernel) give equal scores at that value.
 
     Args:
       kernel: the weights.
-      levels: at least 2, any order.
+      levels: at least 2, any order; one set, or one for each output channel (the kernel's last axis).
 
     Raises:
-      UserError: if the levels are no floating point vector of at least 2.
+      UserError: if the levels are no floating point [levels] or [channels, levels] of at least 2.
     """
-    kernel, levels = as_float("kernel", kernel), _vector(levels)
+    kernel = as_float("kernel", kernel)
+    levels = _levels_of(kernel, levels)
+    if levels.ndim == 2:
+        return jax.vmap(init_assignment, in_axes=(-1, 0), out_axes=-2)(kernel, levels)
     gap = (levels.max() - levels.min()) / (levels.size - 1)
     distance = kernel[..., None] - jnp.expand_dims(levels, range(kernel.ndim))
     return -jnp.square(distance / jnp.where(gap > 0, gap, 1))
@@ -87,7 +92,7 @@ def _direct(assignment: Array, levels: Array, tau: Array, gradient: str) -> Arra
 
 def _forward(assignment: Array, levels: Array, tau: Array, gradient: str) -> tuple[Array, Any]:
     index = chosen(assignment)
-    weights = levels[index] if levels.ndim == 1 else levels[jnp.arange(len(levels)), index]
+    weights = lookup(levels, index)
     # argmax takes a NaN for the largest: it would pass as that level.
     weights = jnp.where(jnp.isnan(assignment).any(-1), jnp.nan, weights)
     return weights, (assignment, levels, tau)
@@ -177,38 +182,52 @@ def init_binary(
 
 
 def basis_update(
-    kernel: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"], *, delta: float = 1e-4
-) -> Float[Array, "bits"]:
+    kernel: Float[Tensor, "*shape"], basis: Float[Tensor, "*channels bits"], *, delta: float = 1e-4
+) -> Float[Array, "*channels bits"]:
     """The basis whose nearest sums have least squared error, given the codes that `basis` leads to.
 
         v* = (B^T B + delta I)^-1 (B^T w + delta v),  B the codes in {-1, 1} of the nearest levels
 
-    No gradient passes. In float32 at least. For one basis an output channel, `jax.vmap` over the kernel's last axis.
+    No gradient passes. In float32 at least.
+
+    Args:
+      kernel: weights.
+      basis: one, or one for each output channel (the kernel's last axis), 1..8 numbers.
+      delta: >= 0; keeps the system solvable where a level is never used.
 
     Raises:
-      UserError: if the basis is no floating point vector of 1..8 numbers.
+      UserError: if the shapes do not fit.
 
     Reference: Zhang et al., LQ-Nets, ECCV 2018, as in its published code.
     """
-    weights = jax.lax.stop_gradient(as_float("kernel", kernel)).ravel()
-    basis = jax.lax.stop_gradient(as_float("basis", basis))
-    found = levels_from_basis(basis, signed=True)
+    weights, basis = (jax.lax.stop_gradient(as_float(name, x)) for name, x in (("kernel", kernel), ("basis", basis)))
+    sums_of(weights.shape, basis)  # its checks
+    flat, rows = weights.reshape(-1, weights.shape[-1] if basis.ndim == 2 else 1), basis.reshape(-1, basis.shape[-1])
+    return solve_basis(*basis_moments(flat, rows), rows, delta).reshape(basis.shape)
+
+
+def basis_moments(
+    weights: Float[Array, "size channels"], basis: Float[Array, "channels bits"]
+) -> tuple[Float[Array, "channels bits bits"], Float[Array, "channels bits"]]:
+    """B^T B and B^T w of each channel's weights, B the codes of their nearest sums."""
+    found = jax.vmap(functools.partial(levels_from_basis, signed=True))(basis)
     index = nearest_index(weights, found.values)
-    # Counts and sums of the levels say all: no code for each weight is made.
-    size = jax.ops.segment_sum(jnp.ones_like(weights), index, len(found.values))
-    total = jax.ops.segment_sum(weights, index, len(found.values))
-    return solve_basis(found.codes, size, total, basis, delta)
-
-
-def solve_basis(codes: Array, size: Array, total: Array, basis: Array, delta: float) -> Array:
-    """(sum_k n_k c_k c_k^T + delta I)^-1 (sum_k t_k c_k + delta v), for levels with n_k weights that add up to t_k."""
+    codes = jnp.stack([lookup(found.codes[..., j], index) for j in range(basis.shape[-1])], axis=-1)
     exact = jax.lax.Precision.HIGHEST
-    gram = jnp.einsum("k,ki,kj->ij", size, codes, codes, precision=exact)
-    moment = jnp.einsum("k,ki->i", total, codes, precision=exact)
-    return jnp.linalg.solve(gram + delta * jnp.eye(len(basis), dtype=gram.dtype), moment + delta * basis)
+    gram = jnp.einsum("nci,ncj->cij", codes, codes, precision=exact)
+    return gram, jnp.einsum("nc,nci->ci", weights, codes, precision=exact)
 
 
-def direct_quantize_binary(codes: Float[Tensor, "*shape bits"], basis: Float[Tensor, "bits"]) -> Float[Array, "*shape"]:
+def solve_basis(gram: Array, moment: Array, basis: Array, delta: float) -> Array:
+    """(G + delta I)^-1 (m + delta v), for one basis or several."""
+    bits = basis.shape[-1]
+    ridge = delta * jnp.eye(bits, dtype=gram.dtype).reshape((1,) * (gram.ndim - 2) + (bits, bits))
+    return jnp.linalg.solve(gram + ridge, (moment + delta * basis)[..., None])[..., 0]
+
+
+def direct_quantize_binary(
+    codes: Float[Tensor, "*shape bits"], basis: Float[Tensor, "*channels bits"]
+) -> Float[Array, "*shape"]:
     """Weights as signed sums of a basis: `w_i = sum_j v_j sign(a_ij)`, sign(0) = 1.
 
         dL/dv_j = sum_i g_i sign(a_ij);   dL/da_ij = g_i v_j where |a_ij| <= 1, else 0
@@ -216,42 +235,84 @@ def direct_quantize_binary(codes: Float[Tensor, "*shape bits"], basis: Float[Ten
     Takes a number a bit for each weight, where the one-hot form takes 2^bits. A NaN code makes its weight NaN. In
     float32 at least.
 
+    Args:
+      codes: a, of the kernel's shape and one axis more.
+      basis: v; one, or one for each output channel (the kernel's last axis).
+
     Raises:
       UserError: if the shapes do not fit.
     """
     codes, basis = as_float("codes", codes), as_float("basis", basis)
-    if basis.ndim != 1 or codes.shape[-1:] != basis.shape:
-        raise UserError(f"basis must have the shape [bits] of the codes' last axis, got {list(basis.shape)}.")
+    channels = codes.shape[-2:-1] if basis.ndim == 2 else ()
+    if basis.ndim not in (1, 2) or basis.shape != (*channels, codes.shape[-1]):
+        raise UserError(
+            f"basis must have the shape [bits] or [channels, bits] of the codes' last axes {list(codes.shape[-2:])}, "
+            f"got {list(basis.shape)}."
+        )
     clipped = jnp.where(jnp.abs(codes) <= 1, codes, jax.lax.stop_gradient(codes))
     hard = jnp.where(codes >= 0, 1, jnp.where(codes < 0, -1, codes)).astype(codes.dtype)
     signs = straight_through(hard, clipped)
-    return (signs * jnp.expand_dims(basis, range(codes.ndim - 1))).sum(-1)
+    return digit_sum(signs, basis)
 
 
 # --- baselines: latent weights behind the levels ---
 
 
 def nearest_levels(
-    kernel: Float[Tensor, "*shape"], levels: Float[Tensor, "levels"], *, learn_levels: bool = False
+    kernel: Float[Tensor, "*shape"], levels: Float[Tensor, "*channels levels"], *, learn_levels: bool = False
 ) -> Float[Array, "*shape"]:
     """The nearest level of each latent weight, straight through: the kernel gets the gradient of its levels.
 
     Args:
       kernel: latent weights.
-      levels: any order.
+      levels: any order; one set, or one for each output channel (the kernel's last axis).
       learn_levels: whether the levels get theirs too (the sum over their weights).
 
     Raises:
-      UserError: if the levels are no floating point vector of at least 2.
+      UserError: if the levels are no floating point [levels] or [channels, levels] of at least 2.
     """
-    kernel, levels = as_float("kernel", kernel), jnp.sort(_vector(levels))
-    found = levels[nearest_index(kernel, levels)]
+    kernel = as_float("kernel", kernel)
+    levels = jnp.sort(_levels_of(kernel, levels))
+    found = lookup(levels, nearest_index(kernel, levels))
     found = found if learn_levels else jax.lax.stop_gradient(found)
     return jnp.where(jnp.isnan(kernel), kernel, found + (kernel - jax.lax.stop_gradient(kernel)))
 
 
-def _vector(levels: Tensor) -> Array:
+def nearest_sums(kernel: Float[Tensor, "*shape"], basis: Float[Tensor, "*channels bits"]) -> Float[Array, "*shape"]:
+    """The nearest signed sum of a basis for each latent weight, straight through: the kernel gets the gradient whole.
+
+    The basis gets none: it follows the weights by `basis_update`, or of a whole model by `refresh_bases`.
+
+    Args:
+      kernel: latent weights.
+      basis: one, or one for each output channel (the kernel's last axis), 1..8 numbers.
+
+    Raises:
+      UserError: if the shapes do not fit.
+
+    Reference: Zhang et al., LQ-Nets, ECCV 2018.
+    """
+    kernel = as_float("kernel", kernel)
+    return nearest_levels(kernel, sums_of(kernel.shape, jax.lax.stop_gradient(as_float("basis", basis))))
+
+
+def sums_of(shape: tuple[int, ...], basis: Float[Array, "*channels bits"]) -> Float[Array, "*channels levels"]:
+    """The sorted signed sums of one basis, or of one for each output channel of a kernel of this shape.
+
+    Raises:
+      UserError: if the shapes do not fit.
+    """
+    if basis.ndim == 1:
+        return levels_from_basis(basis, signed=True).values
+    if basis.ndim != 2 or shape[-1:] != basis.shape[:1]:
+        raise UserError(f"basis must have the shape [bits] or [{shape[-1]}, bits], got {list(basis.shape)}.")
+    return jax.vmap(lambda one: levels_from_basis(one, signed=True).values)(basis)
+
+
+def _levels_of(kernel: Array, levels: Tensor) -> Array:
     levels = as_float("levels", levels)
-    if levels.ndim != 1 or levels.size < 2:
-        raise UserError(f"levels must be a vector of at least 2, got the shape {list(levels.shape)}.")
+    if levels.ndim not in (1, 2) or levels.shape[-1] < 2:
+        raise UserError(f"levels must be a vector of at least 2, or one a channel, got the shape {list(levels.shape)}.")
+    if levels.ndim == 2 and levels.shape[:1] != kernel.shape[-1:]:
+        raise UserError(f"levels must be [levels] or [{kernel.shape[-1]}, levels], got the shape {list(levels.shape)}.")
     return levels

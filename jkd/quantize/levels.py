@@ -1,5 +1,6 @@
 """Levels of low-bit weights: found in trained weights, made of a basis, and the nearest of them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jkd.checks import Tensor, as_float
 from jkd.errors import UserError
 
 MAX_BITS = 8
+UNROLLED = 16  # up to so many levels, elementwise comparisons one after another
 _HALF_NORMAL = 0.6745  # the median of |x| for a standard normal x
 
 
@@ -61,10 +63,38 @@ def init_levels(kernel: Float[Tensor, "*shape"], bits: int, *, iterations: int =
     return jnp.where(jnp.isnan(weights).any(), jnp.nan, levels)
 
 
-def nearest_index(x: Num[Tensor, "*shape"], levels: Float[Array, "levels"]) -> Int[Array, "*shape"]:
-    """The index of the nearest of sorted levels; halfway between two, the lower one (x > threshold takes the upper)."""
-    thresholds = (levels[1:] + levels[:-1]) / 2
-    return jnp.searchsorted(thresholds, jnp.asarray(x, levels.dtype), side="left").astype(jnp.int32)
+def nearest_index(x: Num[Tensor, "*shape"], levels: Float[Array, "*channels levels"]) -> Int[Array, "*shape"]:
+    """The index of the nearest of sorted levels; halfway between two, the lower one (x > threshold takes the upper).
+
+    Args:
+      x: of a NaN the index means nothing.
+      levels: sorted; one set, or one for each of the last axis of x.
+    """
+    x, thresholds = jnp.asarray(x, levels.dtype), (levels[..., 1:] + levels[..., :-1]) / 2
+    if levels.shape[-1] <= UNROLLED:
+        above = (x > threshold for threshold in planes(thresholds, x.ndim))
+        return functools.reduce(jnp.add, above, jnp.zeros(x.shape, jnp.int32))
+    if levels.ndim == 1:
+        return jnp.searchsorted(thresholds, x, side="left").astype(jnp.int32)
+    search = jax.vmap(functools.partial(jnp.searchsorted, side="left"), in_axes=(0, -1), out_axes=-1)
+    return search(thresholds, x).astype(jnp.int32)
+
+
+def lookup(levels: Num[Array, "*channels levels"], index: Int[Tensor, "*shape"]) -> Num[Array, "*shape"]:
+    """`levels[index]`, or of one set a channel (the last axis of the index) `levels[channel, index]`."""
+    if levels.shape[-1] <= UNROLLED:  # a chain of selections is several times faster than a gather on CPU
+        first, *others = planes(levels, index.ndim)
+        found = jnp.broadcast_to(first, index.shape)
+        for k, level in enumerate(others, start=1):
+            found = jnp.where(index == k, level, found)
+        return found
+    return levels[index] if levels.ndim == 1 else levels[jnp.arange(len(levels)), index]
+
+
+def planes(levels: Num[Array, "*channels levels"], rank: int) -> list[Array]:
+    """The levels one by one: scalars, or of one set a channel, arrays for the last of so many axes."""
+    shape = () if levels.ndim == 1 else (1,) * (rank - 1) + (-1,)
+    return [levels[..., k].reshape(shape) for k in range(levels.shape[-1])]
 
 
 def levels_from_basis(basis: Float[Tensor, "bits"], *, signed: bool) -> Levels:
@@ -84,12 +114,25 @@ def levels_from_basis(basis: Float[Tensor, "bits"], *, signed: bool) -> Levels:
     if basis.ndim != 1:
         raise UserError(f"basis must have the shape [bits], got {list(basis.shape)}.")
     check_bits(basis.size)
-    digits = (np.arange(2**basis.size)[:, None] >> np.arange(basis.size)) & 1
-    codes = jnp.asarray(2 * digits - 1 if signed else digits, basis.dtype)
-    # A product of exact digits: on accelerators the default precision would round the basis.
-    values = (codes * basis[None]).sum(axis=1)
+    codes = jnp.asarray(digits(basis.size, signed=signed), basis.dtype)
+    values = digit_sum(codes, basis)
     order = jnp.argsort(values)
     return Levels(values[order], codes[order])
+
+
+def digits(bits: int, *, signed: bool) -> Int[np.ndarray, "levels bits"]:
+    """The digits of 0 .. 2^bits - 1, the lowest first: in {-1, 1} (signed) or {0, 1}."""
+    found = (np.arange(2**bits)[:, None] >> np.arange(bits)[None]) & 1
+    return 2 * found - 1 if signed else found
+
+
+def digit_sum(codes: Float[Array, "*shape bits"], basis: Float[Array, "*channels bits"]) -> Float[Array, "*shape"]:
+    """`sum_j basis_j codes_j`, always in this order: what is stored as a level is the weight to the bit.
+
+    The basis is one, or one for each of the codes' last axis but one.
+    """
+    terms = (codes[..., j] * number for j, number in enumerate(planes(basis, codes.ndim - 1)))
+    return functools.reduce(jnp.add, terms)
 
 
 def weight_basis(shape: tuple[int, ...], bits: int) -> Float[np.ndarray, "bits"]:

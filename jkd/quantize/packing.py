@@ -9,40 +9,46 @@ from jaxtyping import Array, Float, Integer, UInt8
 from jkd.checks import Tensor, as_float, concrete
 from jkd.errors import UserError
 from jkd.quantize.direct import chosen
-from jkd.quantize.levels import check_bits
+from jkd.quantize.levels import check_bits, lookup
 
 
 class Codes(NamedTuple):
-    """Level numbers and sorted levels: the weights are `levels[numbers]`."""
+    """Level numbers and sorted levels, one set or one for each output channel: see `dequantize`."""
 
     numbers: UInt8[Array, "*shape"]
-    levels: Float[Array, "levels"]
+    levels: Float[Array, "*channels levels"]
 
 
-def export_codes(assignment: Float[Tensor, "*shape levels"], levels: Float[Tensor, "levels"]) -> Codes:
+def sort_codes(numbers: Integer[Array, "*shape"], levels: Float[Array, "*channels levels"]) -> Codes:
+    """The codes of weights that have these numbers among these levels, which lie in any order."""
+    order = jnp.argsort(levels)
+    place = jnp.argsort(order)  # of a level among the sorted ones
+    return Codes(lookup(place, numbers).astype(jnp.uint8), jnp.sort(levels))
+
+
+def export_codes(assignment: Float[Tensor, "*shape levels"], levels: Float[Tensor, "*channels levels"]) -> Codes:
     """The chosen level of each weight, by its number among the sorted levels.
 
     Args:
       assignment: scores, see `direct_quantize`; at most 256 levels.
-      levels: any order.
+      levels: any order; one set, or one for each output channel (the kernel's last axis).
 
     Raises:
       UserError: if the shapes do not fit, there are more than 256 levels, or a number is known not to be finite: it
         would become a level.
     """
     assignment, levels = as_float("assignment", assignment), as_float("levels", levels)
-    if levels.ndim != 1 or assignment.shape[-1:] != levels.shape or levels.size > 256:
+    channels = assignment.shape[-2:-1] if levels.ndim == 2 else ()
+    if levels.ndim not in (1, 2) or levels.shape != (*channels, assignment.shape[-1]) or levels.shape[-1] > 256:
         raise UserError(
-            f"levels must be one vector of at most 256, as many as the assignment's last axis "
-            f"({assignment.shape[-1]}), got the shape {list(levels.shape)}."
+            f"levels must be [levels] or [channels, levels] of the assignment's last axes "
+            f"{list(assignment.shape[-2:])}, at most 256, got the shape {list(levels.shape)}."
         )
     for name, x in (("assignment", assignment), ("levels", levels)):
         known = concrete(x)
         if known is not None and not np.isfinite(known).all():
             raise UserError(f"{name} is not finite: a model that diverged is not exported.")
-    order = jnp.argsort(levels)
-    place = jnp.argsort(order)  # of a level among the sorted ones
-    return Codes(place[chosen(assignment)].astype(jnp.uint8), levels[order])
+    return sort_codes(chosen(assignment), levels)
 
 
 def pack_bits(index: Integer[Tensor, "*shape"], bits: int) -> UInt8[Array, "bytes"]:
@@ -86,6 +92,15 @@ def unpack_bits(packed: UInt8[Tensor, "bytes"], bits: int, shape: tuple[int, ...
     return (stream << jnp.arange(bits, dtype=jnp.uint8)[None]).sum(-1, dtype=jnp.uint8).reshape(shape)
 
 
-def dequantize(index: Integer[Tensor, "*shape"], levels: Float[Tensor, "levels"]) -> Float[Array, "*shape"]:
-    """The weights: `levels[index]`. A number outside the table gives NaN."""
-    return jnp.asarray(levels).at[jnp.asarray(index)].get(mode="fill", fill_value=jnp.nan)
+def dequantize(index: Integer[Tensor, "*shape"], levels: Float[Tensor, "*channels levels"]) -> Float[Array, "*shape"]:
+    """The weights: `levels[index]`, or with one set for each output channel (the last axis) `levels[channel, index]`.
+
+    A number outside the table gives NaN.
+    """
+    levels, index = jnp.asarray(levels), jnp.asarray(index)
+    table = levels.at[index] if levels.ndim == 1 else levels.at[jnp.arange(len(levels)).reshape(_last(index)), index]
+    return table.get(mode="fill", fill_value=jnp.nan)
+
+
+def _last(index: Array) -> tuple[int, ...]:
+    return (1,) * (index.ndim - 1) + (-1,)

@@ -15,18 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd.checks import Scalar, concrete
-from jkd.errors import UserError
-from jkd.quantize.direct import chosen, direct_quantize, direct_quantize_binary, init_assignment, init_binary
-from jkd.quantize.levels import check_bits, init_levels, levels_from_basis
-from jkd.quantize.packing import dequantize, export_codes, pack_bits, unpack_bits
+from jkd.checks import Scalar, as_float, concrete
+from jkd.errors import UserError, unknown
+from jkd.quantize.direct import basis_moments, solve_basis
+from jkd.quantize.forms import FORMS, Form, Joining, form_of
+from jkd.quantize.levels import check_bits
+from jkd.quantize.packing import dequantize, pack_bits, sort_codes, unpack_bits
 
 Rules = Sequence[tuple[str, int]]  # (regex on a path such as block1/conv/kernel, bits), 0 bits: as it is
 # The first and last layers of the models in jkd.nn, whose low-bit versions cost most.
 ENDS: Rules = ((r"^stem/", 0), (r"^head/", 0))
-ONEHOT, BINARY = frozenset({"assignment", "levels"}), frozenset({"codes", "basis"})
 PACKED = frozenset({"packed", "levels", "shape"})
-FORMS = ("onehot", "binary")
 
 
 def bits_of(path: str, bits: int, rules: Rules = ENDS) -> int:
@@ -37,60 +36,118 @@ def bits_of(path: str, bits: int, rules: Rules = ENDS) -> int:
     return bits if path.split("/")[-1] == "kernel" else 0
 
 
-def quantize_params(params: Any, bits: int = 2, *, rules: Rules = ENDS, form: str = "onehot") -> Any:
+def check_rules(bits: int, rules: Rules) -> None:
+    """Stops bits outside 1..8 (0 in a rule: as it is) and patterns that are no regular expressions.
+
+    Raises:
+      UserError: if so.
+    """
+    for count in (bits, *(given for _, given in rules if given)):
+        check_bits(count)
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"rules: {pattern!r} is no regular expression: {error}.") from error
+
+
+def quantize_params(
+    params: Any, bits: int = 2, *, rules: Rules = ENDS, form: str = "onehot", per_channel: bool | None = None
+) -> Any:
     """Splits kernels into levels and choices, started at the nearest levels of the weights.
 
-    A kernel becomes {"assignment", "levels"} ("onehot", see `direct_quantize`) or {"codes", "basis"} ("binary", see
-    `direct_quantize_binary`); biases and norms stay as they are.
+    A kernel becomes, by the form; biases and norms stay as they are:
+
+        "onehot"  {"assignment", "levels"}, see `direct_quantize`
+        "binary"  {"codes", "basis"}, see `direct_quantize_binary`
+        "latent"  {"latent", "levels"}, a baseline: see `nearest_levels`
+        "lq"      {"latent", "basis"}, LQ-Nets: see `nearest_sums`; the basis is to follow by `refresh_bases`
+
+    Levels are found in the weights by k-means, the basis of "binary" by least squares; that of "lq" starts by the
+    kernel's shape alone, as in its published code (`weight_basis`).
 
     Args:
-      params: nested dicts of arrays, trained: levels are found in the weights by k-means.
+      params: nested dicts of arrays, trained.
       bits: of all kernels that no rule names, 1..8.
       rules: (regex, bits) on paths, the first match counts; 0 leaves a leaf as it is. By default the
         layers "stem" and "head" of the models in `jkd.nn`.
-      form: "onehot" or "binary".
+      form: "onehot", "binary", "latent" or "lq".
+      per_channel: whether each output channel (a kernel's last axis) has levels of its own; by default under "lq" only.
 
     Raises:
-      UserError: if bits are outside 1..8, nothing is quantized, or a kernel is known not to be finite.
+      UserError: if bits are outside 1..8, the form is unknown, nothing is quantized, or a kernel is known not to be
+        finite.
     """
     if form not in FORMS:
-        raise UserError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
-    for count in (bits, *(of for _, of in rules if of)):
-        check_bits(count)
+        raise unknown("form", form, FORMS)
+    check_rules(bits, rules)
     given = {path: bits_of(path, bits, rules) for path, _ in _leaves(params)}
     if not any(given.values()):
         raise UserError(f"Nothing is quantized: rules leave all of {', '.join(list(given)[:5])} as they are.")
+    each = FORMS[form].per_channel if per_channel is None else per_channel
 
     def split(path: str, leaf: Any) -> Any:
         if not given[path]:
             return leaf
-        known = concrete(leaf)
-        if known is not None and not np.isfinite(known).all():
-            raise UserError(f"{path} is not finite: levels cannot be found in a model that diverged.")
-        if form == "binary":
-            return dict(zip(("codes", "basis"), init_binary(leaf, given[path]), strict=True))
-        levels = init_levels(leaf, given[path])
-        return {"assignment": init_assignment(leaf, levels), "levels": levels}
+        _check_finite(path, leaf, "levels cannot be found in a model that diverged")
+        if each and leaf.ndim < 2:
+            raise UserError(f"{path} of shape {list(leaf.shape)} has no output channels: per_channel is for kernels.")
+        return FORMS[form].split(leaf, given[path], each)
 
     return _map_leaves(split, params)
 
 
-def direct(tau: Scalar = 1.0, *, gradient: str = "softmax") -> Callable[[Any], Any]:
-    """The transform that makes kernels of `quantize_params`'s levels and choices: params -> params.
+def direct(tau: Scalar = 1.0, *, gradient: str = "softmax", learn_levels: bool = True) -> Callable[[Any], Any]:
+    """The transform that makes kernels of what `quantize_params` split, of any form: params -> params.
 
     Trees without any pass unchanged, so it composes with other transforms in `jkd.train.chain`.
 
     Args:
       tau: > 0; see `direct_quantize`.
       gradient: "softmax" or "identity", of the "onehot" form.
+      learn_levels: of the "latent" form: whether the levels get a gradient; see `frozen`.
     """
+    how = Joining(tau, gradient, learn_levels)
+    return lambda params: _map_nodes(lambda path, form, node: form.join(node, how), params)
 
-    def join(node: Mapping[str, Any]) -> Any:
-        if node.keys() == ONEHOT:
-            return direct_quantize(node["assignment"], node["levels"], tau, gradient=gradient)
-        return direct_quantize_binary(node["codes"], node["basis"])
 
-    return lambda params: _map_nodes(join, params, lambda node: node.keys() in (ONEHOT, BINARY))
+def refresh_bases(params: Any, *, momentum: float = 0.9, delta: float = 1e-4) -> Any:
+    """Moves the bases of the "lq" form towards those of least squares, `v <- momentum v + (1 - momentum) v*`.
+
+    Once a training step, as the moving averages of LQ-Nets; v* is that of `basis_update` for each output channel. One
+    system of equations for all kernels of as many bits; traceable.
+
+    Args:
+      params: of `quantize_params`; other parameters stay as they are.
+      momentum: in [0, 1).
+      delta: see `basis_update`.
+
+    Raises:
+      UserError: if the momentum lies outside, or no kernel has this form.
+    """
+    if not 0 <= momentum < 1:
+        raise UserError(f"momentum must lie in [0, 1), got {momentum}.")
+    found = {path: node for path, form, node in _nodes(params) if form is FORMS["lq"]}
+    if not found:
+        raise UserError('params hold no basis to refresh: quantize_params(.., form="lq") makes some.')
+    moved: dict[str, Any] = {}
+    for bits in {node["basis"].shape[-1] for node in found.values()}:
+        moved |= _refreshed({k: v for k, v in found.items() if v["basis"].shape[-1] == bits}, momentum, delta)
+    return _map_nodes(lambda path, form, node: {**node, "basis": moved[path]} if path in moved else node, params)
+
+
+def _refreshed(nodes: Mapping[str, Any], momentum: float, delta: float) -> dict[str, Any]:
+    rows, grams, moments = [], [], []
+    for node in nodes.values():
+        weights, basis = (jax.lax.stop_gradient(as_float(name, node[name])) for name in ("latent", "basis"))
+        rows.append(basis.reshape(-1, basis.shape[-1]))
+        gram, moment = basis_moments(weights.reshape(-1, weights.shape[-1] if basis.ndim == 2 else 1), rows[-1])
+        grams.append(gram)
+        moments.append(moment)
+    old = jnp.concatenate(rows)
+    new = momentum * old + (1 - momentum) * solve_basis(jnp.concatenate(grams), jnp.concatenate(moments), old, delta)
+    parts = jnp.split(new, np.cumsum([len(row) for row in rows])[:-1])
+    return {path: part.reshape(nodes[path]["basis"].shape) for path, part in zip(nodes, parts, strict=True)}
 
 
 def is_choice(path: str) -> bool:
@@ -103,65 +160,68 @@ def is_level(path: str) -> bool:
     return path.split("/")[-1] in ("levels", "basis")
 
 
+def frozen(params: Any, *, learn_levels: bool = True) -> Any:
+    """`params` with True for the leaves that an optimizer must leave alone, weight decay included, else False.
+
+    The bases of the "lq" form; where levels are not learned, also those of the "latent" form. For `optax`:
+
+        optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen(params)))
+
+    Args:
+      params: of `quantize_params`.
+      learn_levels: as given to `direct`.
+    """
+    none = jax.tree.map(lambda leaf: False, params)
+
+    def mark(path: str, form: Form, node: Mapping[str, Any]) -> Any:
+        stays = "basis" if form is FORMS["lq"] else "levels" if form is FORMS["latent"] and not learn_levels else ""
+        return {key: key == stays for key in node}
+
+    return _map_nodes(mark, none)
+
+
 def flipped(before: Any, after: Any) -> jax.Array:
-    """The share of weights, over all quantized kernels, whose choice differs between two trees of parameters."""
-    changed = [
-        _choice(path, a) != _choice(path, b)
-        for (path, a), (_, b) in zip(_leaves(before), _leaves(after), strict=True)
-        if is_choice(path)
-    ]
-    if not changed:
+    """The share of weights, over all quantized kernels, whose choice differs between two trees of parameters.
+
+    Of forms with latent weights the choice is the nearest level, by its number among the sorted ones.
+
+    Raises:
+      UserError: if they hold no quantized kernels.
+    """
+    old, new = ([form.numbers(node) for _, form, node in _nodes(params)] for params in (before, after))
+    if not old:
         raise UserError("before and after hold no choices: quantize_params makes some.")
+    changed = [a != b for a, b in zip(old, new, strict=True)]
     return sum((x.sum() for x in changed), jnp.zeros(())) / sum(x.size for x in changed)
-
-
-def _choice(path: str, leaf: jax.Array) -> jax.Array:
-    if path.endswith("assignment"):
-        return chosen(leaf)
-    return _number(leaf >= 0)
-
-
-def _number(bits: jax.Array) -> jax.Array:
-    # Whose digits, the lowest first, lie along the last axis.
-    return (bits * (1 << np.arange(bits.shape[-1])).reshape((1,) * (bits.ndim - 1) + (-1,))).sum(-1)
 
 
 # --- as stored ---
 
 
 def pack_params(params: Any) -> Any:
-    """Kernels of levels and choices as packed codes: {"packed": uint8 bytes, "levels": sorted, "shape": int32}.
+    """Low-bit kernels of any form as packed codes: {"packed": uint8 bytes, "levels": sorted, "shape": int32}.
 
-    The bits are ceil(log2 of the number of levels) a weight. Other leaves stay. Not traceable.
+    The levels are one set, or one for each output channel. The bits are ceil(log2 of the number of levels) a weight.
+    Other leaves stay. Not traceable.
 
     Raises:
       UserError: if a kernel is not finite, or nothing is quantized.
     """
-    found = []
-
-    def pack(node: Mapping[str, Any]) -> Any:
-        found.append(node)
-        if node.keys() == BINARY:
-            levels, index = _binary_codes(node["codes"], node["basis"])
-        else:
-            index, levels = export_codes(node["assignment"], node["levels"])
-        bits = max(1, (levels.size - 1).bit_length())
-        return {"packed": pack_bits(index, bits), "levels": levels, "shape": jnp.asarray(index.shape, jnp.int32)}
-
-    packed = _map_nodes(pack, params, lambda node: node.keys() in (ONEHOT, BINARY))
-    if not found:
+    if not _nodes(params):
         raise UserError("params hold no levels and choices to pack: quantize_params makes some.")
-    return packed
+
+    def pack(path: str, form: Form, node: Mapping[str, Any]) -> Any:
+        for name, leaf in node.items():
+            _check_finite(f"{path}/{name}", leaf, "a model that diverged is not exported")
+        index, levels = sort_codes(form.numbers(node), form.table(node))
+        packed = pack_bits(index, _width(levels))
+        return {"packed": packed, "levels": levels, "shape": jnp.asarray(index.shape, jnp.int32)}
+
+    return _map_nodes(pack, params)
 
 
-def _binary_codes(codes: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-    for name, x in (("codes", codes), ("basis", basis)):
-        known = concrete(x)
-        if known is not None and not np.isfinite(known).all():
-            raise UserError(f"{name} is not finite: a model that diverged is not exported.")
-    levels, digits = levels_from_basis(basis, signed=True)
-    place = jnp.argsort(_number(digits > 0))  # of a code's number among the sorted levels
-    return levels, place[_choice("codes", codes)].astype(jnp.uint8)
+def _width(levels: Any) -> int:
+    return max(1, (levels.shape[-1] - 1).bit_length())
 
 
 def unpack(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[Any], Any]:
@@ -171,11 +231,12 @@ def unpack(shapes: Mapping[str, tuple[int, ...]]) -> Callable[[Any], Any]:
       shapes: of the packed kernels by path, static: `packed_shapes(params)`.
     """
 
-    def join(path: str, node: Mapping[str, Any]) -> Any:
-        bits = max(1, (node["levels"].size - 1).bit_length())
-        return dequantize(unpack_bits(node["packed"], bits, shapes[path]), node["levels"])
+    def join(path: str, node: Any) -> Any:
+        if not _is_packed(node):
+            return node
+        return dequantize(unpack_bits(node["packed"], _width(node["levels"]), shapes[path]), node["levels"])
 
-    return lambda params: _map_nodes(join, params, lambda node: node.keys() == PACKED, with_path=True)
+    return lambda params: _map_with_names(join, params, _is_packed)
 
 
 def packed_shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -190,6 +251,12 @@ def packed_shapes(params: Any) -> dict[str, tuple[int, ...]]:
 # --- trees ---
 
 
+def _check_finite(path: str, leaf: Any, says: str) -> None:
+    known = concrete(leaf)
+    if known is not None and not np.isfinite(known).all():
+        raise UserError(f"{path} is not finite: {says}.")
+
+
 def _leaves(params: Any) -> list[tuple[str, Any]]:
     return [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
@@ -198,17 +265,32 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, Mapping) and x.keys() == PACKED
+
+
+def _is_node(x: Any) -> bool:
+    return form_of(x) is not None
+
+
+def _nodes(params: Any) -> list[tuple[str, Form, Mapping[str, Any]]]:
+    found = [(_name(path), form_of(x), x) for path, x in jax.tree.leaves_with_path(params, is_leaf=_is_node)]
+    return [(path, form, x) for path, form, x in found if form is not None]
+
+
+def _map_nodes(fn: Callable[[str, Form, Mapping[str, Any]], Any], params: Any) -> Any:
+    """`params` with `fn(path, form, dict)` in the place of every quantized kernel."""
+
+    def change(path: str, x: Any) -> Any:
+        form = form_of(x)
+        return x if form is None else fn(path, form, x)
+
+    return _map_with_names(change, params, _is_node)
+
+
 def _map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_name(path), leaf), params)
+    return _map_with_names(fn, params, None)
 
 
-def _map_nodes(fn: Callable, params: Any, taken: Callable[[Mapping], bool], with_path: bool = False) -> Any:
-    """`params` with `fn` of every dict that is `taken` in its place."""
-
-    def is_node(x: Any) -> bool:
-        return isinstance(x, Mapping) and taken(x)
-
-    def change(path: Any, x: Any) -> Any:
-        return x if not is_node(x) else fn(_name(path), x) if with_path else fn(x)
-
-    return jax.tree_util.tree_map_with_path(change, params, is_leaf=is_node)
+def _map_with_names(fn: Callable[[str, Any], Any], params: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, x: fn(_name(path), x), params, is_leaf=is_leaf)
