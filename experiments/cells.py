@@ -79,9 +79,10 @@ def cell_config(config: ConfigDict) -> ConfigDict:
     The method is the module that makes its stages; arms and teachers that do not run are left out.
     """
     config.method = cli.experiment(config).stages.__module__.rpartition(".")[2]
-    used = {name for arm in config.only if arm in config.arms for name in config.arms[arm].teachers}
+    used = {name for arm in config.only if arm in config.arms for name in config.arms[arm].get("teachers", ())}
     for section, names in (("arms", config.only), ("teachers", {*config.only, *used})):
-        config[section] = ConfigDict({name: one for name, one in config[section].items() if name in names})
+        if section in config:
+            config[section] = ConfigDict({name: one for name, one in config[section].items() if name in names})
     return config
 
 

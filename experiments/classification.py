@@ -284,8 +284,8 @@ class Predictor:
             )
 
 
-def classifier(model: Any, task: Task, views: Views) -> Predictor:
-    """The predictor of a classifier that publishes its variables."""
+def classifier(model: Any, task: Task, views: Views, variables: Any = None) -> Predictor:
+    """The predictor of a classifier that publishes its variables; by default those that `nn.init` makes."""
 
     def predict(published: Any, images: jax.Array) -> dict[str, jax.Array]:
         out = model.apply(published, views.plain(images), train=False)
@@ -295,8 +295,8 @@ def classifier(model: Any, task: Task, views: Views) -> Predictor:
             "pool": out.features["pool"],
         }
 
-    variables = jax.eval_shape(lambda: nn.init(model, jax.random.key(0), task.shape))
-    return Predictor(predict, task.shape, variables, model)
+    shapes = variables or jax.eval_shape(lambda: nn.init(model, jax.random.key(0), task.shape))
+    return Predictor(predict, task.shape, shapes, model)
 
 
 def check_numbers(section: ConfigDict, name: str, *, positive: tuple = (), nonnegative: tuple = ()) -> None:

@@ -47,7 +47,7 @@ def _study(name: str, study: Mapping[str, Any]) -> str:
     head = f"<h3>{_text(name)} <small>({_text(study['config'])})</small></h3>"
     if "not_run" in study:
         return f"{head}<p class='open'>Not run: {_text(study['not_run'])}</p>"
-    rows = report.summarize(study["stages"], baseline="kd")[TEST]
+    rows = report.summarize(study["stages"], baseline=study.get("baseline", ""))[TEST]
     if not study["rates"]:
         head += "<p>Nothing was tuned: every arm has the learning rate of the config.</p>"
     image = base64.b64encode(report.plot(rows, TEST, name)).decode()

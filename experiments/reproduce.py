@@ -23,7 +23,10 @@ from jkd.train import Preempted
 from jkd.train.log import console, jsonable
 from jkd.train.workdir import check_writable, folder_of, write_text
 
-METHODS = ("kd_fidelity", "label_smoothing_kd", "energy_kd", "cosine_kd", "r2kd")
+METHODS = (
+    *("kd_fidelity", "label_smoothing_kd", "energy_kd", "cosine_kd", "r2kd"),
+    *("learnable_levels", "lottery_tickets", "knowledge_evolution", "quantized_distillation"),
+)
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
 
 
@@ -139,7 +142,8 @@ def _study(
     try:
         config = cli.load_config(study.config, overrides)
         arms = [name for name in config.arms if name in (study.arms or config.arms)]
-        return run_study(study, run, list(config.teachers), arms)
+        found = run_study(study, run, list(config.get("teachers", ())), arms)
+        return {**found, "baseline": cli.experiment(config).BASELINE}
     except Preempted:
         raise
     except UserError as error:

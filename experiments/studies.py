@@ -130,18 +130,19 @@ def run_study(
     """Runs the cells of a study through `run({cell: overrides}) -> {cell: results}`, and judges its claims.
 
     Cells: the teachers for tuning and those for the final runs, every arm at every rate on the tuning seeds, every
-    tuned arm on the final seeds. The tuning seeds draw other splits and initial parameters than the final ones, and
-    the rates are chosen by validation rows: no test row decides anything. Without rates there is one cell. A cell that
-    diverged is a `NonFiniteError` in place of its results.
+    tuned arm on the final seeds. Without teachers, an arm's cell trains all that the arm starts from. The tuning
+    seeds draw other splits and initial parameters than the final ones, and the rates are
+    chosen by validation rows: no test row decides anything. Without rates there is one cell. A cell that diverged is a `NonFiniteError` in place of its results.
     """
     if not study.rates:
         return _judged(study, _sound(run({"whole": {"only": (*teachers, *arms)}}))["whole"]["stages"], {}, {})
     tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
     only = {"only": tuple(teachers)}
-    taught = _sound(run({"tuning-teachers": {**tuning, **only}, "teachers": only}))
+    taught = _sound(run({"tuning-teachers": {**tuning, **only}, "teachers": only})) if teachers else {}
 
     def student(arm: str, rate: float, teacher: str) -> dict[str, Any]:
-        return {"only": (arm,), f"arms.{arm}.lr": rate, "teacher.workdir": taught[teacher]["workdir"]}
+        given = {"teacher.workdir": taught[teacher]["workdir"]} if taught else {}
+        return {"only": (arm,), f"arms.{arm}.lr": rate, **given}
 
     grid = {f"tuning-{arm}-{rate:g}": (arm, rate) for arm in arms for rate in study.rates}
     tried = run({name: {**tuning, **student(*of, "tuning-teachers")} for name, of in grid.items()})
@@ -151,7 +152,9 @@ def run_study(
     chosen = best_rates(scores)
     final = _sound(run({f"final-{arm}": student(arm, rate, "teachers") for arm, rate in chosen.items()}))
     stages = {name: taught["teachers"]["stages"][name] for name in teachers}
-    stages |= {arm: final[f"final-{arm}"]["stages"][arm] for arm in arms}
+    for arm in arms:  # with the stages that led to it
+        found = final[f"final-{arm}"]["stages"]
+        stages |= {name: found[name] for name in found if name not in stages}
     return _judged(study, stages, chosen, {arm: _plain(of) for arm, of in scores.items()})
 
 

@@ -30,6 +30,7 @@ from jkd.quantize.models import ActQuant, DirectQuantConv, DirectQuantDense
 from jkd.quantize.packing import Codes, dequantize, export_codes, pack_bits, unpack_bits
 from jkd.quantize.transform import (
     bits_of,
+    choices,
     direct,
     flipped,
     frozen,
@@ -52,6 +53,7 @@ __all__ = [
     "basis_update",
     "bits_of",
     "channel_weights",
+    "choices",
     "chosen",
     "dequantize",
     "direct",

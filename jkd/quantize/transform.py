@@ -180,18 +180,23 @@ def frozen(params: Any, *, learn_levels: bool = True) -> Any:
     return _map_nodes(mark, none)
 
 
-def flipped(before: Any, after: Any) -> jax.Array:
-    """The share of weights, over all quantized kernels, whose choice differs between two trees of parameters.
+def choices(params: Any) -> dict[str, jax.Array]:
+    """The number of each weight's level, of every quantized kernel by path: uint8.
 
-    Of forms with latent weights the choice is the nearest level, by its number among the sorted ones.
+    Of forms with latent weights that is the nearest level, by its number among the sorted ones.
 
     Raises:
-      UserError: if they hold no quantized kernels.
+      UserError: if params hold no quantized kernels.
     """
-    old, new = ([form.numbers(node) for _, form, node in _nodes(params)] for params in (before, after))
-    if not old:
-        raise UserError("before and after hold no choices: quantize_params makes some.")
-    changed = [a != b for a, b in zip(old, new, strict=True)]
+    found = {path: form.numbers(node).astype(jnp.uint8) for path, form, node in _nodes(params)}
+    if not found:
+        raise UserError("params hold no choices: quantize_params makes some.")
+    return found
+
+
+def flipped(before: Mapping[str, jax.Array], after: Mapping[str, jax.Array]) -> jax.Array:
+    """The share of weights, over all quantized kernels, whose `choices` differ between two moments of training."""
+    changed = [before[path] != after[path] for path in before]
     return sum((x.sum() for x in changed), jnp.zeros(())) / sum(x.size for x in changed)
 
 

@@ -16,6 +16,7 @@ from jkd.quantize import (
     dequantize,
     direct,
     export_codes,
+    choices,
     flipped,
     frozen,
     init_levels,
@@ -147,8 +148,8 @@ def test_it_composes_and_trains(variables):
         state, logged = step(state, IMAGES, jax.random.key(t))
         losses.append(float(logged["loss"]))
     assert losses[-1] < 0.8 * losses[0]
-    assert 0 < float(flipped(start, state.params)) < 1
-    assert float(flipped(start, start)) == 0
+    assert 0 < float(flipped(choices(start), choices(state.params))) < 1
+    assert float(flipped(choices(start), choices(start))) == 0
     kernel = materialize(state.params)["block2"]["conv"]["kernel"]
     assert np.all(np.asarray(kernel)[~np.asarray(keep["block2"]["conv"]["kernel"])] == 0)
     assert len(np.unique(kernel)) <= 5
@@ -188,7 +189,7 @@ def test_levels_of_their_own_for_each_channel(form):
     found = jax.jit(unpack(packed_shapes(packed)))(packed)
     np.testing.assert_array_equal(found["kernel"], kernel)
     np.testing.assert_array_equal(found["bias"], 0)
-    assert float(flipped(split, split)) == 0
+    assert float(flipped(choices(split), choices(split))) == 0
 
 
 def test_many_levels_of_each_channel():
@@ -286,7 +287,7 @@ def test_choices_are_split_like_their_weights(variables):
         (lambda p: quantize_params(p, 2, form="ternary"), "Unknown form 'ternary'. Did you mean 'binary'"),
         (lambda p: quantize_params(jax.tree.map(lambda x: x * np.nan, p)), "is not finite: levels cannot be found"),
         (lambda p: pack_params(p), "params hold no levels and choices to pack"),
-        (lambda p: flipped(p, p), "hold no choices"),
+        (choices, "hold no choices"),
         (lambda p: quantize_params(p, rules=(("(", 2),)), "rules: .* is no regular expression"),
         (lambda p: quantize_params(p, rules=(("bias", 2),), per_channel=True), "has no output channels"),
         (lambda p: refresh_bases(p), "hold no basis to refresh"),
