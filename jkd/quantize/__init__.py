@@ -2,6 +2,7 @@
 
 from jkd.quantize.activations import (
     channel_weights,
+    fit_basis,
     quantization_error,
     quantize_activation,
     quantize_by_thresholds,
@@ -26,7 +27,14 @@ from jkd.quantize.levels import (
     nearest_index,
     weight_basis,
 )
-from jkd.quantize.models import ActQuant, DirectQuantConv, DirectQuantDense
+from jkd.quantize.models import (
+    ActQuant,
+    DirectQuantConv,
+    DirectQuantDense,
+    activation_stats,
+    calibrate,
+    low_bit_activations,
+)
 from jkd.quantize.packing import Codes, dequantize, export_codes, pack_bits, unpack_bits
 from jkd.quantize.transform import (
     bits_of,
@@ -50,8 +58,10 @@ __all__ = [
     "DirectQuantDense",
     "Levels",
     "activation_basis",
+    "activation_stats",
     "basis_update",
     "bits_of",
+    "calibrate",
     "channel_weights",
     "choices",
     "chosen",
@@ -60,6 +70,7 @@ __all__ = [
     "direct_quantize",
     "direct_quantize_binary",
     "export_codes",
+    "fit_basis",
     "flipped",
     "frozen",
     "hard_onehot_ste",
@@ -69,6 +80,7 @@ __all__ = [
     "is_choice",
     "is_level",
     "levels_from_basis",
+    "low_bit_activations",
     "nearest_index",
     "nearest_levels",
     "nearest_sums",

@@ -4,6 +4,8 @@ Weighting the squared error of a channel by its variance or energy is this libra
 basis, its update and the clipped gradient are those of LQ-Nets.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -11,10 +13,11 @@ from jaxtyping import Array, Float, Int, Num
 from jkd.checks import Tensor, as_float
 from jkd.errors import UserError, unknown
 from jkd.quantize.direct import solve_basis, straight_through
-from jkd.quantize.levels import levels_from_basis, lookup, nearest_index
+from jkd.quantize.levels import activation_basis, levels_from_basis, lookup, nearest_index
 
 MODES = ("uniform", "variance", "energy", "robust")
 EPSILON = 1e-5
+STARTS = 5  # of `fit_basis`
 
 
 def quantize_by_thresholds(
@@ -120,6 +123,55 @@ def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"]
     levels = jax.lax.stop_gradient(levels_from_basis(basis, signed=False).values)
     found, _ = quantize_by_thresholds(x, levels)
     return straight_through(found, jnp.where(x <= levels[-1], x, jax.lax.stop_gradient(x)))
+
+
+def follow_activations(
+    x: Float[Tensor, "*batch channels"], basis: Float[Tensor, "bits"], mode: str = "variance", momentum: float = 0.9
+) -> Float[Array, "bits"]:
+    """One step of the moving average, `u <- momentum u + (1 - momentum) u*`, u* by `weighted_basis_update`."""
+    old: Array = jax.lax.stop_gradient(as_float("basis", basis))
+    return momentum * old + (1 - momentum) * weighted_basis_update(x, basis, _weights(x, basis, mode))
+
+
+def fit_basis(
+    x: Float[Tensor, "*batch channels"], bits: int, mode: str = "variance", *, iterations: int = 50
+) -> Float[Array, "bits"]:
+    """The basis of least weighted squared error: `weighted_basis_update` and nearest levels in turn.
+
+    Of several starts, `activation_basis` as large as the smallest, the middle and the largest channels, the one that
+    ends best. No gradient passes.
+
+    Args:
+      x: activations >= 0, channels last.
+      bits: 1..8; static.
+      mode: see `channel_weights`.
+      iterations: static.
+
+    Raises:
+      UserError: if `bits` is outside 1..8 or the mode is unknown.
+    """
+    x, start = jax.lax.stop_gradient(as_float("x", x)), activation_basis(bits)
+    axes = tuple(range(x.ndim - 1))
+    size = jnp.sqrt(jnp.square(x).mean(axes))
+    scales = jnp.nanquantile(jnp.where(size > 0, size, jnp.nan), jnp.linspace(0, 1, STARTS))
+
+    def settle(scale: Array) -> tuple[Array, Array]:
+        def better(_: Any, basis: Array) -> Array:
+            return weighted_basis_update(x, basis, _weights(x, basis, mode))
+
+        basis = jax.lax.fori_loop(0, iterations, better, scale * jnp.asarray(start, x.dtype))
+        error = jnp.square(x - quantize_activation(x, basis)).mean(axes)
+        return basis, jnp.sqrt(error).sum() if mode == "robust" else (_weights(x, basis, mode) * error).sum()
+
+    bases, costs = jax.lax.map(settle, jnp.where(jnp.isnan(scales), 1, scales))
+    return bases[jnp.argmin(costs)]
+
+
+def _weights(x: Tensor, basis: Tensor, mode: str) -> Array:
+    error = None
+    if mode == "robust":
+        error = jnp.square(x - quantize_activation(x, basis)).mean(tuple(range(x.ndim - 1)))
+    return channel_weights(x, mode, error=error)
 
 
 def quantization_error(

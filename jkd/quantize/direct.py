@@ -98,8 +98,8 @@ def _forward(assignment: Array, levels: Array, tau: Array, gradient: str) -> tup
     return weights, (assignment, levels, tau)
 
 
-def _backward(gradient: str, kept: tuple[Array, Array, Array], g: Tensor) -> tuple[Array, Array, Array]:
-    assignment, levels, tau = kept
+def _backward(gradient: str, kept: tuple[Tensor, ...], g: Tensor) -> tuple[Array, Array, Array]:
+    assignment, levels, tau = (jnp.asarray(x) for x in kept)
     g, index = jnp.asarray(g), chosen(assignment)
     axes = tuple(range(g.ndim - (levels.ndim - 1)))
     # One masked sum for each level, not a scatter: it is split over devices like the weights.
