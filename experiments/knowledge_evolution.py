@@ -126,7 +126,9 @@ class Evolution:
             return found
         if self.arm.split == "kels":
             slim = self.setup.accuracies(self.slim)
-            found |= {name: slim[of] for name, of in (("slim", "test"), ("slim_validation", "validation")) if of in slim}
+            found |= {
+                name: slim[of] for name, of in (("slim", "test"), ("slim_validation", "validation")) if of in slim
+            }
         return {**found, "magnitude": magnitude_evaluator(self.setup)}
 
 
@@ -148,9 +150,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     """The generations of every arm."""
     check(config)
     setup = Setup.of(config)
-    return [
-        stage for name in nets.selected_arms(config) for stage in Evolution(setup, config.arms[name]).stages(name)
-    ]
+    return [stage for name in nets.selected_arms(config) for stage in Evolution(setup, config.arms[name]).stages(name)]
 
 
 # --- claims ---

@@ -76,6 +76,7 @@ class Tickets:
 
     @classmethod
     def of(cls_, config: ConfigDict) -> "Tickets":
+        """Loads the data and builds the network of a config."""
         setup, section = Setup.of(config), config.network
         steps, per_epoch = setup.steps(section.epochs)
         optimizer = make_optimizer(section, section.lr, steps, per_epoch)
@@ -157,7 +158,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
 
 
 def weights_evaluator(setup: Setup) -> train.Evaluator:
-    """Percent of the network's weights that are 0: of its kernels that may be pruned, of each, and of all its numbers."""
+    """Percent of weights that are 0: of each prunable kernel, of all these, and of the whole network."""
 
     def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, Any]:
         report = prune.sparsity_report(published["params"], consts["masks"])

@@ -131,8 +131,9 @@ def run_study(
 
     Cells: the teachers for tuning and those for the final runs, every arm at every rate on the tuning seeds, every
     tuned arm on the final seeds. Without teachers, an arm's cell trains all that the arm starts from. The tuning
-    seeds draw other splits and initial parameters than the final ones, and the rates are
-    chosen by validation rows: no test row decides anything. Without rates there is one cell. A cell that diverged is a `NonFiniteError` in place of its results.
+    seeds draw other splits and initial parameters than the final ones, and the rates are chosen by validation rows: no
+    test row decides anything. Without rates there is one cell. A cell that diverged is a `NonFiniteError` in place of
+    its results.
     """
     if not study.rates:
         return _judged(study, _sound(run({"whole": {"only": (*teachers, *arms)}}))["whole"]["stages"], {}, {})

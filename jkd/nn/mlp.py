@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool = False) -> Outputs:
-        """Returns logits and the features "hidden1" ... "hiddenN" and "pool"; without `norm`, `train` changes nothing."""
+        """Returns logits and the features "hidden1" ... "hiddenN" and "pool"; `train` is for `norm` alone."""
         x = check_images(images)
         # The size is spelled out: -1 is ambiguous for an empty batch.
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
