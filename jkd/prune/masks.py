@@ -1,8 +1,8 @@
 """Masks over the weights of a network: which of them are trained, and which are 0 and stay so.
 
-Masks are a tree like the parameters: a bool array of the leaf's shape for every prunable leaf (True: kept), a scalar True
-for every other. They are arrays like any other: constants of a stage, sharded like the weights that they belong to.
-Functions that take parameters and masks work on one network: for an ensemble, `jax.vmap` them.
+Masks are a tree like the parameters: a bool array of the leaf's shape for every prunable leaf (True: kept), a scalar
+True for every other. They are arrays like any other: constants of a stage, sharded like the weights that they belong
+to. Functions that take parameters and masks work on one network: for an ensemble, `jax.vmap` them.
 """
 
 import math
@@ -68,28 +68,25 @@ def _count(keep: float, size: int, of: str) -> int:
     return n
 
 
+# What is checked is reduced where it lies: weights on many devices are not brought together.
+
+
 def _check_alive(n: int, masks: Sequence[Any], of: str) -> None:
-    known = [concrete(mask) for mask in masks]
-    alive = sum(int(mask.sum()) for mask in known if mask is not None)
-    if all(mask is not None for mask in known) and n > alive:
+    counts = [concrete(jnp.sum(mask, dtype=jnp.uint32)) for mask in masks]
+    alive = sum(int(count) for count in counts if count is not None)
+    if all(count is not None for count in counts) and n > alive:
         raise UserError(f"{n} weights of {of} are to be kept, but only {alive} are left: what is pruned stays pruned.")
 
 
 def _check_numbers(params: Any, masks: Any) -> None:
-    bad = []
-    for name, leaf, mask in _pairs(params, masks):
-        weights, kept = concrete(leaf), concrete(mask)
-        if weights is not None and kept is not None and (np.isnan(weights) & kept).any():
-            bad.append(name)
+    bad = [name for name, leaf, mask in _pairs(params, masks) if concrete((jnp.isnan(leaf) & mask).any())]
     if bad:
         raise UserError(f"NaN among the weights of {', '.join(bad)}: they have no rank by magnitude.")
 
 
 def _warn_of_empty(before: Any, after: Any) -> None:
-    old = _named(before)
-    for name, mask in _named(after).items():
-        known, was = concrete(mask), concrete(old[name])
-        if _masked(mask) and known is not None and was is not None and was.any() and not known.any():
+    for name, old, new in _pairs(before, after):
+        if concrete(jnp.any(old) & ~jnp.any(new)):
             warnings.warn(f"All weights of {name} are pruned: nothing passes through it.", stacklevel=3)
 
 
@@ -139,8 +136,8 @@ def global_magnitude_mask(params: Any, masks: Any, keep: float) -> Any:
       keep: in (0, 1]; static.
 
     Returns:
-      The new masks. Under jit nothing is known of values: a NaN then counts as largest, and where fewer weights are left
-      than are to be kept, these are kept.
+      The new masks. Under jit nothing is known of values: a NaN then counts as largest, and where fewer weights are
+      left than are to be kept, these are kept.
 
     Raises:
       UserError: if `keep` leaves no weight, if more weights are to be kept than are left, if one of them is NaN.
@@ -182,8 +179,8 @@ def magnitude_threshold(params: Any, masks: Any, keep: float) -> Float[Array, ""
     """The floor(keep N)-th largest magnitude among all N prunable weights, for `threshold_mask`.
 
     For trees that are too large to sort, or lie on many devices: the number is found bit by bit, by 31 counts (63 for
-    float64) over weights that stay where they are. It is exact; with ties at the threshold, `threshold_mask` keeps all of
-    them. 0 where fewer weights are left than are to be kept.
+    float64) over weights that stay where they are. It is exact; with ties at the threshold, `threshold_mask` keeps all
+    of them. 0 where fewer weights are left than are to be kept.
 
     Args:
       params: the trained weights; leaves of up to 2^32 weights.
@@ -335,12 +332,12 @@ def transfer_masks(source_masks: Any, params: Any, *, exclude: Sequence[str] = (
     Args:
       source_masks: the ticket's.
       params: of the network to prune; only names and shapes are read.
-      exclude: regexes; leaves in whose path one is found stay dense (a scalar True) and may be missing or of other shape
-        in the source, such as a classifier's head.
+      exclude: regexes; leaves in whose path one is found stay dense (a scalar True) and may be missing or of other
+        shape in the source, such as a classifier's head.
 
     Raises:
-      UserError: that lists the paths that only one of the two has, or that differ in shape; or for a regex that is found
-        in no path.
+      UserError: that lists the paths that only one of the two has, or that differ in shape; or for a regex that is
+        found in no path.
     """
     marks, weights = _named(source_masks), _named(params)
     for pattern in exclude:
