@@ -79,7 +79,8 @@ def cell_config(config: ConfigDict) -> ConfigDict:
     The method is the module that makes its stages; arms and teachers that do not run are left out.
     """
     config.method = cli.experiment(config).stages.__module__.rpartition(".")[2]
-    used = {name for arm in config.only if arm in config.arms for name in config.arms[arm].get("teachers", ())}
+    arms = [config.arms[name] for name in config.only if name in config.arms]
+    used = {name for arm in arms for name in (*arm.get("teachers", ()), arm.get("start", ""))}
     for section, names in (("arms", config.only), ("teachers", {*config.only, *used})):
         if section in config:
             config[section] = ConfigDict({name: one for name, one in config[section].items() if name in names})

@@ -60,7 +60,7 @@ def make_groups(
         return "choices" if quantize.is_choice(name) else "levels" if quantize.is_level(name) else "weights"
 
     def labels(params: Any) -> Any:
-        frozen = quantize.frozen(params, learn_levels=arm.learn_levels)
+        frozen = quantize.frozen(params, learn_levels=arm.get("learn_levels", True))
         return jax.tree_util.tree_map_with_path(label, frozen)
 
     return optax.partition(groups, labels)

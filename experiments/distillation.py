@@ -5,6 +5,7 @@ epochs. A teacher's stage trains a network or takes it from a finished run; stud
 a fixed bank of views.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,24 +15,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import classification as cls
+from experiments.compression import MASKS, make_groups
 from experiments.distillation_setup import (
     Setup,
     bank_view,
     batch_size,
+    needed,
     selected_arms,
     selected_teachers,
     teacher_section,
     variable_shapes,
 )
-from experiments.networks import cross_entropy_step, seeds
+from experiments.networks import cross_entropy_step, is_kernel, seeds
 from experiments.optimizers import check_optimizer, make_optimizer
 from experiments.stored import FILES, Stored, check_seeds, one_of, stored_stage
 from experiments.warm_starts import check_warm, read_as, warm_needs, warmed
-from jkd import distill, nn, prune, train
+from jkd import distill, nn, prune, quantize, train
 from jkd.errors import UserError, unknown
 
 TEACHERS = ("live", "cached")
 VIEWS = ("weak", "strong")
+NETWORK = ("model", "hidden", "width", "norm")  # fields that say what a network is
 
 
 def uses_energy(arm: ConfigDict) -> bool:
@@ -56,6 +60,7 @@ def check(config: ConfigDict) -> None:
                 raise unknown(f"teacher in arms.{name}.teachers", teacher, config.teachers)
         if not arm.teachers:
             raise UserError(f"arms.{name}.teachers is empty: give one of {', '.join(config.teachers)}.")
+        check_compression(config, arm, f"arms.{name}")
     if config.teacher.source == "cached" and config.data.image_size:
         raise UserError(
             "teacher.source=cached needs images of one size: those cropped to data.image_size are read in another crop "
@@ -80,7 +85,12 @@ def check_section(section: ConfigDict, field: str) -> None:
 def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
     """How the model that a stage publishes classifies images."""
     setup = Setup.of(config)
-    return cls.classifier(setup.model(stage), setup.task, setup.views["weak"])
+    plain = cls.classifier(setup.model(stage), setup.task, setup.views["weak"])
+    if stage not in config.arms:
+        return plain
+    shapes = jax.eval_shape(functools.partial(small_start, config, config.arms[stage]), plain.variables)
+    small = cls.classifier(setup.student, setup.task, setup.views["weak"], shapes)
+    return dataclasses.replace(small, model=plain.model)
 
 
 # --- the teachers ---
@@ -168,6 +178,47 @@ def initializer(setup: Setup, stage: str, optimizer: Any, replica: int = 0) -> C
 # --- the students ---
 
 
+def student_initializer(setup: Setup, name: str, optimizer: Any) -> Callable:
+    """`Stage.init` of a student: at random, from a warm start or from one of the teachers; then made smaller."""
+    arm, fresh = setup.config.arms[name], initializer(setup, name, optimizer)
+
+    def init(key: jax.Array, previous: Any, consts: Any) -> train.TrainState:
+        variables = previous[arm.start].published if arm.start else fresh(key, previous, consts).variables
+        return train.create_state(small_start(setup.config, arm, variables), optimizer)
+
+    return init
+
+
+def small_start(config: ConfigDict, arm: ConfigDict, variables: Any) -> Any:
+    """A student's variables, of which the smallest weights are masked and the others low-bit, as the arm says."""
+    exempt, params, masks = config.student.exempt, variables["params"], {}
+    if arm.keep < 1:
+        found = prune.ones_masks(params, lambda path, leaf: is_kernel(path, exempt))
+        masks = {MASKS: prune.global_magnitude_mask(params, found, arm.keep)}
+        params = params if arm.bits else prune.apply_masks(params, masks[MASKS])
+    if arm.bits:
+        params = quantize.quantize_params(params, arm.bits, rules=[(one, 0) for one in exempt], form=arm.form)
+    return {**variables, "params": params, **masks}
+
+
+def check_compression(config: ConfigDict, arm: ConfigDict, field: str) -> None:
+    """Raises UserError for a student that could not be made smaller."""
+    if arm.start and arm.start not in config.teachers:
+        raise unknown(f"stage in {field}.start", arm.start, config.teachers)
+    if arm.start:
+        start = teacher_section(config, arm.start)
+        ours, theirs = ({one: section[one] for one in NETWORK} for section in (config.student, start))
+        if ours != theirs:
+            raise UserError(f"{field}.start={arm.start!r} must be a network like the student: {theirs} is not {ours}.")
+    if not 0 < arm.keep <= 1:
+        raise UserError(f"{field}.keep must lie in (0, 1]: the sparsity 1 - keep in [0, 1), got {arm.keep}.")
+    if not 0 <= arm.bits <= 8:
+        raise UserError(f"{field}.bits must be an integer in 0..8 (0: full precision), got {arm.bits}.")
+    if arm.form not in ("onehot", "binary", "latent"):
+        raise unknown(f"{field}.form", arm.form, ("onehot", "binary", "latent"))
+    cls.check_numbers(arm, field, positive=("choice_lr", "level_lr"))
+
+
 def student_stage(
     setup: Setup,
     name: str,
@@ -189,7 +240,7 @@ def student_stage(
     steps, per_epoch = cls.steps_of(config, setup.task, arm.epochs, size)
     section = config.student.copy_and_resolve_references()
     section.milestones = arm.milestones
-    optimizer = make_optimizer(section, arm.lr, steps, per_epoch)
+    optimizer = make_groups(section, arm, steps, per_epoch)
 
     def prepare(key: jax.Array, previous: Mapping[str, train.Outcome], sweep: Callable) -> dict[str, Any]:
         # The teachers' stages drew their rows from the same key.
@@ -206,10 +257,10 @@ def student_stage(
     stage = train.Stage(
         name,
         steps,
-        needs=(*arm.teachers, *warm_needs(setup, "student")),
+        needs=(*needed(arm), *warm_needs(setup, "student")),
         prepare=prepare,
         data=lambda consts: setup.task.source(consts, size),
-        init=initializer(setup, name, optimizer),
+        init=student_initializer(setup, name, optimizer),
         step=step(optimizer, per_epoch),
         publish=lambda state: state.variables,
         evaluators={**setup.accuracies, **(evaluators or {})},

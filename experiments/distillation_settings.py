@@ -56,6 +56,10 @@ def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
     config.mixer = "cutmix"  # mixup, cutout, or strong: data.strong of the same images
     config.mix_group = 64  # images are mixed among so many neighbours: at most what one device holds
     config.mask_mode = "scale"  # of two_view; or select
+    config.start = ""  # one of the teachers, a network like the student, whose weights it starts from
+    config.keep = 1.0  # share of the start's kernels that stays, the largest
+    config.bits, config.form = 0, "onehot"  # of the kernels, 0: full precision; binary, latent
+    config.choice_lr, config.level_lr = 0.1, 1e-3  # of Adam
     config.update(changes)
     return config
 
@@ -77,6 +81,7 @@ def base(method: str) -> ConfigDict:
     config.teachers = ConfigDict({"teacher": {}})  # stages by name, with what differs from `teacher`
     config.student = network("mlp", 0.01, 40.0)
     config.student.hidden = (24, 24)
+    config.student.exempt = ("^stem/", "^head/")  # regexes on paths of kernels that stay whole and in full precision
     return config
 
 

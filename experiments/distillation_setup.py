@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import classification as cls
-from jkd import distill, nn, train
+from experiments.compression import Compressed
+from jkd import distill, nn, quantize, train
 from jkd.errors import unknown
 
 
@@ -24,8 +25,13 @@ def selected_arms(config: ConfigDict) -> list[str]:
 
 def selected_teachers(config: ConfigDict) -> list[str]:
     """The teachers to run, in the config's order: those in `only`, and those of the selected arms."""
-    wanted = {*config.only, *(name for arm in selected_arms(config) for name in config.arms[arm].teachers)}
+    wanted = {*config.only, *(name for arm in selected_arms(config) for name in needed(config.arms[arm]))}
     return [name for name in config.teachers if name in wanted]
+
+
+def needed(arm: ConfigDict) -> tuple[str, ...]:
+    """The stages that a student needs: its teachers, and the one that it starts from."""
+    return tuple(dict.fromkeys((*arm.teachers, *((arm.start,) if arm.start else ()))))
 
 
 def teacher_section(config: ConfigDict, name: str) -> ConfigDict:
@@ -52,14 +58,14 @@ class Setup:
       task: its data.
       views: "weak" and "strong": how images are augmented.
       teachers: the teachers' models by name.
-      student: the model of all students.
+      network: the model of all students.
     """
 
     config: Any
     task: cls.Task
     views: Mapping[str, cls.Views]
     teachers: Mapping[str, Any]
-    student: Any
+    network: Any
 
     @classmethod
     def of(cls_, config: ConfigDict) -> "Setup":
@@ -68,6 +74,11 @@ class Setup:
         build = functools.partial(cls.build_model, task=task, precision=config.precision)
         teachers = {name: build(teacher_section(config, name)) for name in config.teachers}
         return cls_(config, task, cls.make_views(config), teachers, build(config.student))
+
+    @functools.cached_property
+    def student(self) -> Compressed:
+        """How all students are applied: their variables may hold masks, and levels and choices instead of kernels."""
+        return Compressed(self.network.apply, quantize.direct())
 
     @property
     def cached(self) -> bool:
@@ -80,7 +91,7 @@ class Setup:
 
     def model(self, stage: str) -> Any:
         """The model that a stage trains."""
-        return self.teachers.get(stage, self.student)
+        return self.teachers.get(stage, self.network)
 
     def teach(self, name: str, variables: Any, images: jax.Array) -> jax.Array:
         """A teacher's logits, in evaluation mode and without gradient."""

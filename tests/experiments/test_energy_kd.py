@@ -146,7 +146,7 @@ def test_every_variant_builds_its_stages(built, variant, model, classes, seeds, 
     assert {(stage.members, stage.looped) for stage in stages.values()} == {(seeds, looped)}
     assert {name: stages[name].num_steps for name in steps} == steps
     setup = Setup.of(config)
-    assert setup.student == model
+    assert setup.network == model
     assert setup.task.num_classes == classes
     assert set(setup.task.sizes) == ({"train", "test"} | ({"validation"} if config.data.validation_examples else set()))
 

@@ -210,7 +210,7 @@ def test_a_step_adds_the_distillation_of_the_mixed_images(name, weight, setup, t
     mixed, weights = setup.views["weak"].plain(batch["image"][::-1][:4]), (jnp.arange(4) < count).astype(jnp.float32)
     monkeypatch.setattr(arms, "mix", lambda *args: (mixed, weights))
     optimizer = optimizers.make_optimizer(setup.config.student, 0.1, 10, 5.0)
-    state = train.create_state(nn.init(setup.student, jax.random.key(6), setup.task.shape), optimizer)
+    state = train.create_state(nn.init(setup.network, jax.random.key(6), setup.task.shape), optimizer)
     limits = {"low": jnp.float32(-9), "high": jnp.float32(-5)}
     consts = {"teachers": {"teacher": teacher}, "thresholds": {"teacher": limits}}
     key = jax.random.key(3)

@@ -54,7 +54,7 @@ def setup():
 @pytest.fixture(scope="module")
 def networks(setup):
     """A student and two teachers that differ in what they predict and where they look."""
-    models = {"student": setup.student, **setup.teachers}
+    models = {"student": setup.network, **setup.teachers}
     names = ("student", "t1_weak", "t2_strong")
     return {n: (models[n], nn.init(models[n], jax.random.key(i), setup.task.shape)) for i, n in enumerate(names)}
 

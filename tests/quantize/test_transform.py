@@ -13,10 +13,10 @@ from jkd import nn, quantize, train
 from jkd.errors import UserError
 from jkd.interop.safetensors import load_safetensors, save_safetensors
 from jkd.quantize import (
+    choices,
     dequantize,
     direct,
     export_codes,
-    choices,
     flipped,
     frozen,
     init_levels,
