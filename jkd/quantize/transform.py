@@ -20,6 +20,7 @@ from jkd.errors import UserError
 from jkd.quantize.direct import chosen, direct_quantize, direct_quantize_binary, init_assignment, init_binary
 from jkd.quantize.levels import check_bits, init_levels, levels_from_basis
 from jkd.quantize.packing import dequantize, export_codes, pack_bits, unpack_bits
+from jkd.trees import path_name
 
 Rules = Sequence[tuple[str, int]]  # (regex on a path such as block1/conv/kernel, bits), 0 bits: as it is
 # The first and last layers of the models in jkd.nn, whose low-bit versions cost most.
@@ -191,15 +192,11 @@ def packed_shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
 
 def _map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(_name(path), leaf), params)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_name(path), leaf), params)
 
 
 def _map_nodes(fn: Callable, params: Any, taken: Callable[[Mapping], bool], with_path: bool = False) -> Any:
@@ -209,6 +206,6 @@ def _map_nodes(fn: Callable, params: Any, taken: Callable[[Mapping], bool], with
         return isinstance(x, Mapping) and taken(x)
 
     def change(path: Any, x: Any) -> Any:
-        return x if not is_node(x) else fn(_name(path), x) if with_path else fn(x)
+        return x if not is_node(x) else fn(path_name(path), x) if with_path else fn(x)
 
     return jax.tree_util.tree_map_with_path(change, params, is_leaf=is_node)
