@@ -109,8 +109,8 @@ def build_masks(
     """The fit hypothesis of a network: a tree like `params`, True where a generation inherits from the one before.
 
     Kernels are split. With "kels" the bias of a convolution goes with its output channel. Everything else is inherited:
-    normalizations, biases of dense layers, and with "wels" all biases. Small under `jax.jit`, and sharded as it says:
-    no mask is a constant of the program.
+    normalizations, biases of dense layers, and with "wels" all biases. Under `jax.jit` they are computed, not
+    constants of the program, and sharded like any other output.
 
     Args:
       params: of the network; only paths and shapes count.
@@ -126,13 +126,15 @@ def build_masks(
         raise unknown("mode", mode, MODES)
     if split_rate is not None:
         _check_split_rate(split_rate)
+    # One program for all masks, not some for each shape.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), bool), params)
     if mode == "wels":
         if key is None or split_rate is None:
             raise UserError("build_masks needs key and split_rate for the mode 'wels'.")
-        return _wels_masks(key, params, split_rate)
+        return jax.jit(lambda key: _wels_masks(key, shapes, split_rate))(key)
     if channels is None:
         raise UserError("build_masks needs channels for the mode 'kels': jkd.nn.shared_channels finds them.")
-    return _kels_masks(params, channels)
+    return jax.jit(lambda: _kels_masks(shapes, channels))()
 
 
 def extract_slim(variables: Mapping[str, Any], channels: Mapping[str, Channels] | None) -> dict[str, Any]:
@@ -152,13 +154,13 @@ def extract_slim(variables: Mapping[str, Any], channels: Mapping[str, Channels] 
         raise UserError("Only whole channels (KELS) make a slim network: WELS keeps single weights, which do not.")
 
     def cut(path: Any, leaf: Array) -> Array:
-        name, leaf = path_name(path[1:]), jnp.asarray(leaf)  # without the collection
+        name = path_name(path[1:])  # without the collection
         shared = _channels_of(name, leaf.shape, channels, "kernel" if is_kernel(name, leaf) else "kept")
         if shared.inputs is not None and is_kernel(name, leaf):
             leaf = leaf.take(shared.inputs, axis=-2)
         return leaf.take(shared.outputs, axis=-1)
 
-    return jax.tree_util.tree_map_with_path(cut, dict(variables))
+    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(cut, tree))(dict(variables))
 
 
 def _wels_masks(key: Key[Array, ""], params: Any, split_rate: float) -> Any:
