@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.optimizers import make_optimizer
 from jkd import prune, quantize, train
-from jkd.train.mesh import path_name
+from jkd.trees import path_name
 
 MASKS = "masks"  # the collection of variables that holds them
 

@@ -13,9 +13,10 @@ from rich.table import Table
 from experiments import cli, report
 from jkd import train
 from jkd.train.lower import AbstractStage, abstract_stages
-from jkd.train.mesh import BATCH_AXES, path_name, tree_shardings
+from jkd.train.mesh import BATCH_AXES, tree_shardings
 from jkd.train.program import abstract, evaluation_sources
 from jkd.train.workdir import check_claim, folder_of
+from jkd.trees import path_name
 
 TOP = 8  # leaves of a state that are listed, the largest first
 PARTS = ("state", "constants", "needed", "resident", "batch")

@@ -19,6 +19,8 @@ from typing import Any
 from flax import linen as nn
 
 from jkd.errors import UserError, unknown
+from jkd.nn.densenet import DenseNet
+from jkd.nn.googlenet import GoogLeNet
 from jkd.nn.mobilenet import BLOCKS, MobileNet
 from jkd.nn.mobilenet_v2 import MobileNetV2
 from jkd.nn.resnet import ResNet
@@ -148,6 +150,28 @@ def _mobilenet_v2(model: MobileNetV2) -> dict[str, Rules]:
     return {"torchvision": [*ends, (unit, torchvision)], "timm": [*ends_timm, (unit, timm)]}
 
 
+def _densenet(model: DenseNet) -> dict[str, Rules]:
+    def unit(match: re.Match) -> str:
+        return f"features.denseblock{match[1]}.denselayer{int(match[2]) + 1}.{match[3]}"
+
+    ends = [("stem/(conv|norm)", r"features.\g<1>0"), ("norm", f"features.norm{len(model.units) + 1}")]
+    transition = (r"transition(\d+)/(conv|norm)", r"features.transition\1.\2")
+    return {"torchvision": [*ends, (r"block(\d+)_(\d+)/(\w+)", unit), transition, ("head", "classifier")]}
+
+
+def _googlenet(model: GoogLeNet) -> dict[str, Rules]:
+    del model
+
+    def unit(match: re.Match) -> str:
+        # Numbered as in the paper, whose stem has numbers 1 and 2; the branches are sequences but for the first.
+        name = f"inception{int(match[1]) + 2}{chr(ord('a') + int(match[2]))}.branch{match[3]}"
+        place = match[4] or ("" if match[3] == "1" else "1")
+        return f"{name}{'.' * bool(place)}{place}.{_SHORT[match[5]]}"
+
+    stem = (r"stem(\d)/(conv|norm)", lambda match: f"conv{match[1]}.{_SHORT[match[2]]}")
+    return {"torchvision": [stem, (r"block(\d+)_(\d+)/branch(\d)(?:_(\d))?/(conv|norm)", unit), ("head", "fc")]}
+
+
 def _pair(layer: str, module: str) -> Rules:
     """A convolution and its norm as the first two entries of a sequence."""
     return [(f"{layer}/conv", f"{module}.0"), (f"{layer}/norm", f"{module}.1")]
@@ -165,6 +189,8 @@ NAMES: Mapping[type[nn.Module], Callable[[Any], dict[str, Rules]]] = {
     ShuffleNetV2: _shufflenet_v2,
     MobileNet: _mobilenet,
     MobileNetV2: _mobilenet_v2,
+    DenseNet: _densenet,
+    GoogLeNet: _googlenet,
 }
 OWN: Rules = ((".*", lambda match: match[0].replace("/", ".")),)
 

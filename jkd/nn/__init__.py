@@ -10,7 +10,9 @@ from jkd.nn.apply import (
     split,
 )
 from jkd.nn.cnn import CNN, cnn
+from jkd.nn.densenet import DenseNet, densenet121, densenet169
 from jkd.nn.from_nnx import from_nnx
+from jkd.nn.googlenet import GoogLeNet, googlenet
 from jkd.nn.mlp import MLP, mlp
 from jkd.nn.mobilenet import MobileNet, mobilenet
 from jkd.nn.mobilenet_v2 import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
@@ -36,12 +38,15 @@ from jkd.nn.resnet import (
 from jkd.nn.shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenet_v1, shufflenet_v2
 from jkd.nn.vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from jkd.nn.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+from jkd.nn.width import narrow, shared_channels
 
 __all__ = [
     "CNN",
     "MLP",
     "VGG",
     "ApplyFn",
+    "DenseNet",
+    "GoogLeNet",
     "MobileNet",
     "MobileNetV2",
     "Outputs",
@@ -55,13 +60,17 @@ __all__ = [
     "build",
     "cnn",
     "count_parameters",
+    "densenet121",
+    "densenet169",
     "from_nnx",
+    "googlenet",
     "init",
     "mlp",
     "mobilenet",
     "mobilenet_v2",
     "mobilenet_v2_cifar",
     "names",
+    "narrow",
     "resnet8",
     "resnet8x4",
     "resnet14",
@@ -76,6 +85,7 @@ __all__ = [
     "resnet50_cifar",
     "resnet56",
     "resnet110",
+    "shared_channels",
     "shufflenet_v1",
     "shufflenet_v2",
     "split",

@@ -60,7 +60,9 @@ def conv(
     )
 
 
-def batch_norm(train: bool, *, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.BatchNorm:
+def batch_norm(
+    train: bool, *, epsilon: float = 1e-5, dtype: DTypeLike, param_dtype: DTypeLike, name: str
+) -> nn.BatchNorm:
     """Batch normalization with scale 1 and bias 0, whose output is in `dtype`.
 
     Statistics are over the whole global batch and float32 (float64 where `dtype` is); the running ones move
@@ -69,7 +71,7 @@ def batch_norm(train: bool, *, dtype: DTypeLike, param_dtype: DTypeLike, name: s
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
-        epsilon=1e-5,
+        epsilon=epsilon,
         dtype=dtype,
         param_dtype=param_dtype,
         # Forcing would keep the running statistics of a float64 model in float32.
@@ -89,6 +91,7 @@ class ConvNorm(nn.Module):
     groups: int = 1
     use_bias: bool = False
     kernel_init: Initializer = kaiming_normal_fan_out
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(
@@ -106,7 +109,8 @@ class ConvNorm(nn.Module):
             param_dtype=self.param_dtype,
             name="conv",
         )(x)
-        norm = batch_norm(train, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = batch_norm(train, epsilon=self.epsilon, **types, name="norm")
         return norm(x.astype(self.dtype))
 
 

@@ -1,5 +1,15 @@
 """Pruning: which weights stay, and networks without the others."""
 
+from jkd.prune.evolution import (
+    Magnitudes,
+    first_generation,
+    first_init,
+    hypothesis_magnitude,
+    knowledge_evolution,
+    next_generation,
+    reset_init,
+)
+from jkd.prune.hypotheses import build_masks, extract_slim, kels_mask, slim_indices, wels_mask
 from jkd.prune.magnitude import (
     is_kernel,
     keep_largest,
@@ -26,27 +36,39 @@ from jkd.prune.masks import (
 from jkd.prune.tickets import Round, Ticket, imp, rewind
 
 __all__ = [
+    "Magnitudes",
     "Round",
     "SparsityReport",
     "Ticket",
     "apply",
     "apply_masks",
+    "build_masks",
+    "extract_slim",
+    "first_generation",
+    "first_init",
     "global_magnitude_mask",
+    "hypothesis_magnitude",
     "imp",
     "is_kernel",
     "keep_largest",
     "keep_schedule",
+    "kels_mask",
+    "knowledge_evolution",
     "layerwise_magnitude_mask",
     "magnitude_prune_mask",
     "magnitude_threshold",
     "masked_update",
+    "next_generation",
     "ones_masks",
     "prune_params",
     "random_masks",
+    "reset_init",
     "rewind",
     "shuffled_masks",
+    "slim_indices",
     "sparsity",
     "sparsity_report",
     "threshold_mask",
     "transfer_masks",
+    "wels_mask",
 ]

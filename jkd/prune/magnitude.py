@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer, Num
 
 from jkd.checks import Tensor, check_share, concrete
 from jkd.errors import UserError
+from jkd.trees import path_name
 
 Prunable = Callable[[str, Any], bool]  # (the path of a leaf, such as block1/conv/kernel, and the leaf)
 
@@ -61,11 +62,9 @@ def magnitude_prune_mask(kernel: Float[Tensor, "*shape"], rate: float) -> Bool[A
 
 def _prunable(params: Any, is_prunable: Prunable) -> Any:
     """A tree of True for the leaves that `is_prunable` takes."""
-    chosen = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: bool(is_prunable(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)), params
-    )
+    chosen = jax.tree_util.tree_map_with_path(lambda path, leaf: bool(is_prunable(path_name(path), leaf)), params)
     if not any(jax.tree.leaves(chosen)):
-        names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
+        names = [path_name(p) for p, _ in jax.tree.leaves_with_path(params)]
         raise UserError(
             f"Nothing in params is prunable: is_prunable must take at least one of {names[:5]} (by default those "
             "named kernel)."

@@ -20,11 +20,12 @@ from jaxtyping import Array, Float
 from jkd.checks import Scalar, concrete
 from jkd.errors import UserError
 from jkd.prune.magnitude import Prunable, _prunable, is_kernel, keep_largest
+from jkd.trees import path_name
 
 
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, such as block1/conv/kernel, in the order of the tree."""
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+    return {path_name(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _masked(mask: Any) -> bool:

@@ -21,6 +21,7 @@ from jkd.quantize.direct import basis_moments, solve_basis
 from jkd.quantize.forms import FORMS, Form, Joining, form_of
 from jkd.quantize.levels import check_bits
 from jkd.quantize.packing import dequantize, pack_bits, sort_codes, unpack_bits
+from jkd.trees import path_name
 
 Rules = Sequence[tuple[str, int]]  # (regex on a path such as block1/conv/kernel, bits), 0 bits: as it is
 # The first and last layers of the models in jkd.nn, whose low-bit versions cost most.
@@ -263,11 +264,7 @@ def _check_finite(path: str, leaf: Any, says: str) -> None:
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return [(pathpath_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
 
 def _is_packed(x: Any) -> bool:
@@ -279,7 +276,7 @@ def _is_node(x: Any) -> bool:
 
 
 def _nodes(params: Any) -> list[tuple[str, Form, Mapping[str, Any]]]:
-    found = [(_name(path), form_of(x), x) for path, x in jax.tree.leaves_with_path(params, is_leaf=_is_node)]
+    found = [(path_name(path), form_of(x), x) for path, x in jax.tree.leaves_with_path(params, is_leaf=_is_node)]
     return [(path, form, x) for path, form, x in found if form is not None]
 
 
@@ -298,4 +295,4 @@ def _map_leaves(fn: Callable[[str, Any], Any], params: Any) -> Any:
 
 
 def _map_with_names(fn: Callable[[str, Any], Any], params: Any, is_leaf: Callable[[Any], bool] | None) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, x: fn(_name(path), x), params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(lambda path, x: fn(path_name(path), x), params, is_leaf=is_leaf)

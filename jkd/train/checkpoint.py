@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jkd.errors import UserError
 from jkd.train.damage import CorruptCheckpointError, check_meta, first_line, passing, sealed, usable
-from jkd.train.mesh import path_name, place_leaf, sharding_of
+from jkd.train.mesh import place_leaf, sharding_of
 from jkd.train.processes import barrier, worst
 from jkd.train.workdir import move_folder
+from jkd.trees import path_name
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 

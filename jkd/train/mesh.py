@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jkd.errors import UserError
+from jkd.trees import path_name
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")  # a batch is split over all of these
@@ -94,11 +95,6 @@ def shard(dimension: int, axis: str = "tensor") -> Rule:
 
 
 DEFAULT_RULES: Rules = ((".*", fsdp()),)
-
-
-def path_name(path: Any) -> str:
-    """The name `a/b/0` of a leaf's path in a tree."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

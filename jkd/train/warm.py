@@ -11,7 +11,8 @@ import numpy as np
 from rich.table import Table
 
 from jkd.errors import UserError
-from jkd.train.mesh import path_name, place_leaf
+from jkd.train.mesh import place_leaf
+from jkd.trees import path_name
 
 PathRules = Sequence[tuple[str, str | None]]
 SHOWN = 3  # of the leaves in an error

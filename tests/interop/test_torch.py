@@ -65,6 +65,8 @@ ROUND = [
     nn.mobilenet(10, width=4),
     nn.MobileNetV2(10, (1, 2), (4, 4, 6, 8)),
     nn.MobileNetV2(10, (1, 2), (4, 4, 6, 8), "cifar"),
+    nn.DenseNet(10, (2, 1), (6, 4), 4, 6),
+    nn.GoogLeNet(10, (4, 4, 5), (((2, 3, 4, 2, 3, 4),) * 2, ((4, 3, 2, 2, 2, 3),))),
     nn.mlp(10, hidden=(5, 4)),
 ]
 
@@ -104,6 +106,15 @@ def test_round_trips(model):
         (nn.mobilenet_v2(), "timm", "block3_2/expand/conv", "blocks.2.2.conv_pw"),
         (nn.mobilenet_v2_cifar(), "mdistiller", "block1_0/expand/conv", "blocks.0.0.conv.0"),
         (nn.mobilenet_v2_cifar(), "mdistiller", "block5_2/project/norm", "blocks.4.2.conv.7"),
+        (nn.densenet121(), "torchvision", "stem/norm", "features.norm0"),
+        (nn.densenet121(), "torchvision", "block2_11/conv1", "features.denseblock2.denselayer12.conv1"),
+        (nn.densenet121(), "torchvision", "transition3/norm", "features.transition3.norm"),
+        (nn.densenet121(), "torchvision", "norm", "features.norm5"),
+        (nn.googlenet(), "torchvision", "stem2/norm", "conv2.bn"),
+        (nn.googlenet(), "torchvision", "block1_0/branch1/conv", "inception3a.branch1.conv"),
+        (nn.googlenet(), "torchvision", "block2_4/branch3_0/norm", "inception4e.branch3.0.bn"),
+        (nn.googlenet(), "torchvision", "block3_1/branch2_1/conv", "inception5b.branch2.1.conv"),
+        (nn.googlenet(), "torchvision", "block3_1/branch4/norm", "inception5b.branch4.1.bn"),
         (nn.cnn(), "jkd", "stem/conv", "stem.conv"),
     ],
 )

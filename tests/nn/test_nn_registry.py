@@ -11,7 +11,7 @@ from jkd.errors import UserError
 
 
 def test_every_name_is_a_function_and_builds_the_same():
-    assert len(nn.names()) >= 28
+    assert len(nn.names()) >= 31
     for name in nn.names():
         assert nn.build(name, 7) == getattr(nn, name)(num_classes=7)
         assert getattr(nn, name)().num_classes in (10, 100, 1000)
@@ -28,7 +28,7 @@ def test_arguments_reach_the_model():
 
 
 def test_faults_are_named():
-    with pytest.raises(UserError, match=r"Unknown model 'resnet21'. Did you mean 'resnet2?.*Known: cnn, mlp"):
+    with pytest.raises(UserError, match=r"Unknown model 'resnet21'. Did you mean 'resnet2?.*Known: cnn, densenet121"):
         nn.build("resnet21", 10)
     with pytest.raises(UserError, match=r"Unknown argument of mlp 'width'.*Known: dtype, hidden, param_dtype"):
         nn.build("mlp", 10, width=3)

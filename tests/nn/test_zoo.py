@@ -1,4 +1,4 @@
-"""WRN, VGG, ShuffleNets, MobileNets and the bottleneck ResNet for CIFAR: sizes, taps, layers, initial values."""
+"""WRN, VGG, ShuffleNets, MobileNets, DenseNet, GoogLeNet and the bottleneck ResNet for CIFAR: sizes, taps, layers, initial values."""
 
 import collections
 import functools
@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from jkd import nn
 from jkd.errors import UserError
-from jkd.nn import resnet, shufflenet, vgg, wide_resnet
+from jkd.nn import densenet, resnet, shufflenet, vgg, wide_resnet
+from jkd.nn.googlenet import WIDTHS
 from jkd.nn.mobilenet import SeparableUnit
 from jkd.nn.mobilenet_v2 import InvertedUnit
+from jkd.trees import path_name
 
 KEY = jax.random.key(0)
 BF16 = jnp.bfloat16
@@ -28,6 +30,8 @@ SMALL = {
     "shufflenet_v2": (nn.ShuffleNetV2(5, (4, 8, 8, 12, 10), (2, 1, 1)), 8),
     "mobilenet": (nn.mobilenet(5, width=4), 32),
     "mobilenet_v2": (nn.MobileNetV2(5, (1, 2, 1), (4, 6, 4, 8, 12)), 16),
+    "densenet": (nn.DenseNet(5, (2, 1), (6, 4), 3, 4), 8),
+    "googlenet": (nn.GoogLeNet(5, (3, 4, 5), (((2, 3, 4, 2, 3, 4),), ((4, 3, 2, 2, 2, 3),))), 8),
 }
 # Units, and images that they halve.
 UNITS = {
@@ -36,6 +40,7 @@ UNITS = {
     "shufflenet_v2": shufflenet.SplitUnit(8, 2),
     "mobilenet": SeparableUnit(8, 2),
     "mobilenet_v2": InvertedUnit(8, 2, expansion=2),
+    "densenet": densenet.Transition(6),
 }
 small = pytest.mark.parametrize(("model", "side"), SMALL.values(), ids=SMALL)
 units = pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
@@ -105,6 +110,25 @@ def mobilenet_v2_count(classes, times, narrow):
     return total + layer(1, inputs, 1280) + classes * 1281
 
 
+def densenet_count(*units):
+    """A normalization of the inputs of every convolution but the first."""
+    total, inputs = layer(7, 3, 64), 64
+    for b, count in enumerate(units):
+        for _ in range(count):
+            total, inputs = total + 2 * inputs + 128 * inputs + 2 * 128 + 9 * 128 * 32, inputs + 32
+        if b < 3:
+            total, inputs = total + 2 * inputs + inputs * inputs // 2, inputs // 2
+    return total + 2 * inputs + 1000 * (inputs + 1)
+
+
+def googlenet_count():
+    total, inputs = layer(7, 3, 64) + layer(1, 64, 64) + layer(3, 64, 192), 192
+    for one, reduce2, three2, reduce3, three3, last in (unit for block in WIDTHS for unit in block):
+        total += sum(layer(1, inputs, width) for width in (one, reduce2, reduce3, last))
+        total, inputs = total + layer(3, reduce2, three2) + layer(3, reduce3, three3), one + three2 + three3 + last
+    return total + 1000 * (inputs + 1)
+
+
 def resnet50_count():
     """The published one for ImageNet: 100 classes instead of 1000, 3x3 instead of 7x7."""
     return 25_557_032 - 900 * 2049 - (49 - 9) * 3 * 64
@@ -116,10 +140,10 @@ def halving(side, *channels):
 
 WRN = {k: [(32, 32, 16), *halving(32, 16 * k, 32 * k, 64 * k)] for k in (1, 2)}
 VGG = [*halving(32, 64, 128, 256, 512), (4, 4, 512)]
-CIFAR = [(32, 32, 64)]
+CIFAR, DENSE = [(32, 32, 64)], [(56, 56, 64)]
 
 
-# Counts of the protocol's own PyTorch modules (at 100 classes; MobileNets at 1000), and the same by hand.
+# Counts of the protocol's own PyTorch modules (at 100 classes; networks for ImageNet at 1000), and the same by hand.
 @pytest.mark.parametrize(
     ("name", "published", "by_hand", "maps"),
     [
@@ -149,6 +173,9 @@ CIFAR = [(32, 32, 64)]
             mobilenet_v2_count(100, 0.5, narrow=False),
             [(16, 16, 16), (16, 16, 8), *halving(16, 12, 16, 32), (4, 4, 48), *halving(2, 80), (2, 2, 160)],
         ),
+        ("densenet121", 7_978_856, densenet_count(6, 12, 24, 16), DENSE + halving(56, 256, 512, 1024, 1024)),
+        ("densenet169", 14_149_480, densenet_count(6, 12, 32, 32), DENSE + halving(56, 256, 512, 1280, 1664)),
+        ("googlenet", 6_624_904, googlenet_count(), [(28, 28, 192), *halving(28, 480, 832, 1024)]),
     ],
 )
 def test_parameters_and_taps(name, published, by_hand, maps):
@@ -171,6 +198,10 @@ def test_width_scales_the_blocks():
     assert nn.vgg8(10, width=4).widths == (4, 8, 16, 32, 32)
     assert nn.shufflenet_v2(10, width=48).widths == (24, 48, 96, 192, 1024)
     assert nn.resnet50_cifar(10, width=4).widths == (4, 4, 8, 16, 32)
+    dense = nn.densenet121(10, width=4)
+    assert (dense.widths, dense.growth, dense.bottleneck) == ((8, 16, 32, 64), 4, 16)
+    half = nn.googlenet(10, multiplier=0.5)
+    assert (half.stem_widths, half.widths[1][1]) == ((32, 32, 96), (80, 56, 112, 12, 32, 32))
     assert (nn.shufflenet_v1(10, width=36).width, nn.mobilenet(10, width=8).width) == (36, 8)
 
 
@@ -191,7 +222,14 @@ def test_multipliers_of_mobilenet_v2():
 
 
 def test_builders_are_functions_of_their_modules():
-    for builder in (*resnet.BUILDERS, *wide_resnet.BUILDERS, *vgg.BUILDERS, *shufflenet.BUILDERS, nn.mobilenet):
+    for builder in (
+        *resnet.BUILDERS,
+        *wide_resnet.BUILDERS,
+        *vgg.BUILDERS,
+        *shufflenet.BUILDERS,
+        *densenet.BUILDERS,
+        nn.mobilenet,
+    ):
         assert getattr(nn, builder.__name__) is builder
         assert builder.__module__.startswith("jkd.nn.")
         assert "`width`" in builder.__doc__
@@ -277,7 +315,16 @@ def test_bfloat16_computes_low_and_keeps_the_rest_wide(model, side):
 
 @pytest.mark.parametrize(
     ("name", "kept"),
-    [("wrn", 4), ("vgg", 6), ("shufflenet_v1", 5), ("shufflenet_v2", 6), ("mobilenet", 14), ("mobilenet_v2", 6)],
+    [
+        ("wrn", 4),
+        ("vgg", 6),
+        ("shufflenet_v1", 5),
+        ("shufflenet_v2", 6),
+        ("mobilenet", 14),
+        ("mobilenet_v2", 6),
+        ("densenet", 5),
+        ("googlenet", 3),
+    ],
 )
 def test_rematerialization_finds_every_unit(name, kept):
     model, side = SMALL[name]
@@ -319,7 +366,7 @@ def test_every_parameter_of_a_unit_is_trained(unit):
     out, _, grads = step(variables, x)
     assert out.shape[1:3] == (2, 2)
     flat = jax.tree_util.tree_leaves_with_path(grads)
-    idle = {jax.tree_util.keystr(path, simple=True, separator="/") for path, x in flat if np.abs(x).max() < 1e-4}
+    idle = {path_name(path) for path, x in flat if np.abs(x).max() < 1e-4}
     # Only what the next normalization takes off again: no ReLU comes between.
     split = isinstance(unit, shufflenet.SplitUnit)
     assert idle == ({"left1/norm/bias", "layer2/norm/bias"} if split else set())
@@ -350,7 +397,21 @@ def test_faults_are_named():
         nn.ShuffleNetV1(10, 12, (1, 0, 1))
     with pytest.raises(UserError, match=r"at least 8 pixels a side.*got \(1, 7, 32, 3\)"):
         jax.eval_shape(lambda: nn.init(nn.vgg8(10), KEY, (7, 32, 3)))
-    for name in ("wrn_16_1", "vgg8", "shufflenet_v2", "mobilenet"):
+    with pytest.raises(UserError, match=r"units must be at least 1 in each block, got \(1, 0\)"):
+        nn.DenseNet(10, (1, 0), (4, 4), 2, 2)
+    with pytest.raises(UserError, match=r"widths must name what enters each block: 2 of them .* got \(4,\)"):
+        nn.DenseNet(10, (1, 1), (4,), 2, 2)
+    with pytest.raises(UserError, match=r"at least 29 pixels, got \(1, 28, 64, 3\)"):
+        jax.eval_shape(lambda: nn.init(nn.densenet121(10, width=2), KEY, (28, 64, 3)))
+    with pytest.raises(UserError, match="widths must name the units of one to three blocks"):
+        nn.GoogLeNet(10, widths=())
+    with pytest.raises(UserError, match="widths must name the six convolutions of each unit"):
+        nn.GoogLeNet(10, widths=(((1, 2, 3),),))
+    with pytest.raises(UserError, match=r"stem_widths must name three convolutions, got \(3,\)"):
+        nn.GoogLeNet(10, (3,))
+    with pytest.raises(UserError, match="multiplier must be positive and finite, got 0.0"):
+        nn.googlenet(multiplier=0.0)
+    for name in ("wrn_16_1", "vgg8", "shufflenet_v2", "mobilenet", "densenet121"):
         with pytest.raises(UserError, match="width must be at least 1"):
             nn.build(name, 10, width=0)
     for model, side in SMALL.values():

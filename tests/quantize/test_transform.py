@@ -30,6 +30,7 @@ from jkd.quantize import (
     unpack_bits,
     weight_basis,
 )
+from jkd.trees import path_name
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
 MODEL = nn.build("cnn", 5, width=4)
@@ -135,9 +136,7 @@ def test_it_composes_and_trains(variables):
         return optax.losses.softmax_cross_entropy_with_integer_labels(MODEL.apply(full, batch).logits, labels).mean()
 
     groups = jax.tree_util.tree_map_with_path(
-        lambda path, _: (
-            "choices" if quantize.is_choice(jax.tree_util.keystr(path, simple=True, separator="/")) else "rest"
-        ),
+        lambda path, _: "choices" if quantize.is_choice(path_name(path)) else "rest",
         start,
     )
     optimizer = optax.multi_transform({"choices": optax.adam(0.1), "rest": optax.adam(1e-3)}, groups)
