@@ -7,6 +7,8 @@ stablehlo: a program uint8[b, height, width, channels] -> {"logits", "probabilit
     with normalization and parameters inside. It needs jax and flatbuffers: see jkd/interop/stablehlo.py.
 safetensors: the variables by path (params/head/kernel) of one seed, or of all with a leading axis (--seed all).
     A later run starts from it by --config.student.init_from=kd.safetensors.
+packed: the variables of one seed with low-bit weights as codes of so many bits, and a table of levels for each kernel:
+    about bits x weights / 8 bytes. `jkd.quantize.unpack` makes weights of them inside a jitted function.
 torch: the variables of one seed under PyTorch's names and layouts, as .safetensors: `load_state_dict(load_file(..))`.
     --style says whose names, such as torchvision or mdistiller: see jkd/interop/torch_names.py.
 
@@ -21,15 +23,17 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
-from jkd import train
+from jkd import quantize, train
 from jkd.errors import UserError
 from jkd.interop import safetensors, stablehlo, torch
 from jkd.train.ensemble import member
 from jkd.train.log import console
 
-FORMATS = ("stablehlo", "safetensors", "torch")
+FORMATS = ("stablehlo", "safetensors", "packed", "torch")
+SUFFIXED = ("packed", "torch")
 TOLERANCE = 1e-4  # of the largest output: another program may round otherwise
 IMAGES = 4
+LARGEST = 1.05  # of packed kernels with their levels, in bits x weights / 8
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,8 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--platforms is for programs: --format stablehlo.")
     if args.style and args.format != "torch":
         raise UserError("--style is for PyTorch's names: --format torch.")
-    if args.format == "torch" and output.suffix != ".safetensors":
-        raise UserError(f"--format torch writes a .safetensors file: --output must end so, got {args.output!r}.")
+    if args.format in SUFFIXED and output.suffix != ".safetensors":
+        raise UserError(
+            f"--format {args.format} writes a .safetensors file: --output must end so, got {args.output!r}."
+        )
     platforms = tuple((args.platforms or ",".join(stablehlo.DEFAULT_PLATFORMS)).split(","))
     says = export(config, args.workdir, args.stage, args.format, output, args.seed, platforms, args.style)
     size = f"{output.stat().length:,} bytes"
@@ -83,6 +89,8 @@ def export(
         safetensors.save_safetensors(output, chosen, about)
         stored = safetensors.load_safetensors(output)[0]
         found = classify(member(stored, 0) if metadata else stored, images)
+    elif kind == "packed":
+        return _export_packed(output, predictor, chosen, images, {"method": str(config.method), "stage": stage})
     elif kind == "torch":
         about = {"method": str(config.method), "stage": stage}
         torch.save_torch(output, predictor.model, chosen, style=style, metadata=about)
@@ -96,6 +104,26 @@ def export(
             return f"not checked: it is for {', '.join(platforms)} and this machine has {here}"
         found = stablehlo.load_stablehlo(output).call(images)
     return check(output, classify(first, images), found)
+
+
+def _export_packed(output: epath.Path, predictor: Any, variables: Any, images: Any, about: dict[str, str]) -> str:
+    if not quantize.is_quantized(variables):
+        raise UserError(
+            f"Stage {about['stage']} has no low-bit weights to pack: --format safetensors takes any weights."
+        )
+    packed = quantize.pack_params(variables)
+    size = quantize.packed_size(packed)
+    if size.bytes > LARGEST * size.least:
+        raise UserError(
+            f"{size.weights:,} weights take {size.bytes:,} bytes with their levels, more than {LARGEST} of the "
+            f"{size.least:,} of their bits: tables of levels outweigh layers that are so small, or have one a channel."
+        )
+    safetensors.save_safetensors(output, packed, about)
+    stored = safetensors.load_safetensors(output)[0]
+    unpack = quantize.unpack(quantize.packed_shapes(stored))
+    found = jax.jit(lambda stored, images: predictor.fn(unpack(stored), images))(stored, images)
+    says = check(output, jax.jit(predictor.fn)(variables, images), found, tolerance=0.0)
+    return f"{says}; {size.weights:,} weights in {size.bytes:,} bytes, {size.bytes / size.least:.3f} of their bits"
 
 
 def select(outcome: train.Outcome, seed: str, kind: str) -> tuple[Any, dict[str, str]]:
@@ -115,18 +143,18 @@ def select(outcome: train.Outcome, seed: str, kind: str) -> tuple[Any, dict[str,
     return (member(published, int(seed)) if outcome.members else published), {}
 
 
-def check(output: epath.Path, expected: Any, found: Any) -> str:
+def check(output: epath.Path, expected: Any, found: Any, tolerance: float = TOLERANCE) -> str:
     """Compares the outputs of the model with those of its file; the largest difference in words.
 
     Raises:
-      UserError: if they differ by more than rounding; the file is removed.
+      UserError: if they differ by more than `tolerance` of the largest; the file is removed.
     """
     largest = 0.0
     for name, rows in expected.items():
         rows = np.asarray(rows, np.float64)
         difference = float(np.abs(np.asarray(found[name], np.float64) - rows).max())
         largest = max(largest, difference)
-        if not difference <= TOLERANCE * max(1.0, float(np.abs(rows).max())):
+        if not difference <= tolerance * max(1.0, float(np.abs(rows).max())):
             output.unlink()
             raise UserError(f"{output} gave other {name} than the model (by {difference:.2g}) and was removed.")
     return f"read back, it gives the model's outputs on {IMAGES} images (largest difference {largest:.2g})"

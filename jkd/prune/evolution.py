@@ -109,7 +109,7 @@ def next_generation(key: Key[Array, ""], params: Any, masks: Any, init_fn: Init 
 
 
 def hypothesis_magnitude(params: Any, masks: Any) -> dict[str, Magnitudes]:
-    """The mean absolute weights of both hypotheses, of each kernel that has both, by its path; on the host.
+    """The mean absolute weights of both hypotheses, of each kernel by its path; NaN for one that has no weights.
 
     Over the generations the reset weights become small beside the others: the network collapses onto the fit part.
 
@@ -121,8 +121,12 @@ def hypothesis_magnitude(params: Any, masks: Any) -> dict[str, Magnitudes]:
       UserError: if `masks` do not have the structure and shapes of `params`.
     """
     _check_congruent(params, masks)
-    found = jax.device_get(_magnitudes(params, masks))
-    return {path: Magnitudes(float(fit), float(reset)) for path, (fit, reset, *counts) in found.items() if all(counts)}
+    each = zip(jax.tree.leaves_with_path(params), map(jnp.asarray, jax.tree.leaves(masks)), strict=True)
+    return {
+        path_name(path): Magnitudes(_mean_size(leaf, fit), _mean_size(leaf, ~fit))
+        for (path, leaf), fit in each
+        if is_kernel(path_name(path), leaf)
+    }
 
 
 def knowledge_evolution(
@@ -186,18 +190,10 @@ def _starter(variables0: Mapping[str, Any], init_fn: Init) -> Callable[..., dict
     return jax.jit(start, out_shardings=dict(shardings))
 
 
-@jax.jit
-def _magnitudes(params: Any, masks: Any) -> dict[str, list[Array]]:
-    """By the path of a kernel: both mean absolute weights, then how many of each."""
-    found = {}
-    for (path, leaf), fit in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(masks), strict=True):
-        if is_kernel(path_name(path), leaf):
-            sizes, kinds = jnp.abs(leaf).astype(jnp.float32), (fit, ~fit)
-            counts = [chosen.sum(dtype=jnp.float32) for chosen in kinds]
-            sums = [jnp.where(chosen, sizes, 0).sum() for chosen in kinds]
-            means = [total / jnp.maximum(count, 1) for total, count in zip(sums, counts, strict=True)]
-            found[path_name(path)] = [*means, *counts]
-    return found
+def _mean_size(leaf: Array, chosen: Array) -> Array:
+    sizes = jnp.where(chosen, jnp.abs(leaf), 0).astype(jnp.float32)
+    count = chosen.sum(dtype=jnp.float32)
+    return jnp.where(count > 0, sizes.sum() / jnp.maximum(count, 1), jnp.nan)
 
 
 def _check_congruent(params: Any, masks: Any) -> None:

@@ -37,6 +37,7 @@ from jkd.quantize.models import (
 )
 from jkd.quantize.packing import Codes, dequantize, export_codes, pack_bits, unpack_bits
 from jkd.quantize.transform import (
+    PackedSize,
     bits_of,
     choices,
     direct,
@@ -44,8 +45,10 @@ from jkd.quantize.transform import (
     frozen,
     is_choice,
     is_level,
+    is_quantized,
     pack_params,
     packed_shapes,
+    packed_size,
     quantize_params,
     refresh_bases,
     unpack,
@@ -57,6 +60,7 @@ __all__ = [
     "DirectQuantConv",
     "DirectQuantDense",
     "Levels",
+    "PackedSize",
     "activation_basis",
     "activation_stats",
     "basis_update",
@@ -79,6 +83,7 @@ __all__ = [
     "init_levels",
     "is_choice",
     "is_level",
+    "is_quantized",
     "levels_from_basis",
     "low_bit_activations",
     "nearest_index",
@@ -87,6 +92,7 @@ __all__ = [
     "pack_bits",
     "pack_params",
     "packed_shapes",
+    "packed_size",
     "quantization_error",
     "quantize_activation",
     "quantize_by_thresholds",

@@ -9,7 +9,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +213,7 @@ def pack_params(params: Any) -> Any:
     Raises:
       UserError: if a kernel is not finite, or nothing is quantized.
     """
-    if not _nodes(params):
+    if not is_quantized(params):
         raise UserError("params hold no levels and choices to pack: quantize_params makes some.")
 
     def pack(path: str, form: Form, node: Mapping[str, Any]) -> Any:
@@ -224,6 +224,28 @@ def pack_params(params: Any) -> Any:
         return {"packed": packed, "levels": levels, "shape": jnp.asarray(index.shape, jnp.int32)}
 
     return _map_nodes(pack, params)
+
+
+class PackedSize(NamedTuple):
+    """What packed kernels take: their weights, the bytes of codes and levels, and bits x weights / 8."""
+
+    weights: int
+    bytes: int
+    least: float
+
+
+def packed_size(params: Any) -> PackedSize:
+    """The size of all kernels that `pack_params` packed; not traceable."""
+    found = [x for x in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(x)]
+    weights = [int(np.prod(np.asarray(node["shape"]))) for node in found]
+    taken = sum(node["packed"].nbytes + node["levels"].nbytes for node in found)
+    least = sum(n * _width(node["levels"]) for n, node in zip(weights, found, strict=True)) / 8
+    return PackedSize(sum(weights), taken, least)
+
+
+def is_quantized(params: Any) -> bool:
+    """Whether a tree holds kernels that `quantize_params` split."""
+    return any(map(_is_node, jax.tree.leaves(params, is_leaf=_is_node)))
 
 
 def _width(levels: Any) -> int:
@@ -276,8 +298,9 @@ def _is_node(x: Any) -> bool:
 
 
 def _nodes(params: Any) -> list[tuple[str, Form, Mapping[str, Any]]]:
-    found = [(path_name(path), form_of(x), x) for path, x in jax.tree.leaves_with_path(params, is_leaf=_is_node)]
-    return [(path, form, x) for path, form, x in found if form is not None]
+    found: list[tuple[str, Form, Mapping[str, Any]]] = []
+    _map_nodes(lambda *node: found.append(node), params)
+    return found
 
 
 def _map_nodes(fn: Callable[[str, Form, Mapping[str, Any]], Any], params: Any) -> Any:
@@ -285,7 +308,7 @@ def _map_nodes(fn: Callable[[str, Form, Mapping[str, Any]], Any], params: Any) -
 
     def change(path: str, x: Any) -> Any:
         form = form_of(x)
-        return x if form is None else fn(path, form, x)
+        return x if form is None else fn(path, form, {key: jnp.asarray(leaf) for key, leaf in x.items()})
 
     return _map_with_names(change, params, _is_node)
 

@@ -1,8 +1,11 @@
 """Exported models give the outputs of the runs that they come from, without jkd."""
 
+import dataclasses
+import math
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,8 @@ import numpy as np
 import pytest
 from helpers_experiments import listing
 
-from experiments import cli, export, predict
-from jkd import data
+from experiments import arms, cli, energy_kd, export, predict
+from jkd import data, quantize
 from jkd import train as jkd_train
 from jkd.interop.safetensors import load_safetensors, save_safetensors
 
@@ -73,6 +76,68 @@ def test_a_file_for_pytorch(smoke, tmp_path, capsys):
     np.testing.assert_array_equal(found["head.weight"], wanted["head"]["kernel"].T)
 
 
+@pytest.fixture
+def low_bit(monkeypatch):
+    """Makes the stages of any run hold low-bit kernels, and their predictor join them."""
+
+    original = jkd_train.load_outcome
+
+    def make(form, change=lambda params: params, **options):
+        def load(*args):
+            outcome = original(*args)
+            each = [jax.tree.map(lambda x, k=k: x[k], outcome.published) for k in range(2)]
+            for one in each:
+                one["params"] = change(quantize.quantize_params(one["params"], 2, rules=(), form=form, **options))
+            return dataclasses.replace(outcome, published=jax.tree.map(lambda *x: jnp.stack(x), *each))
+
+        def predictor(config, stage):
+            plain = arms.predictor(config, stage)
+
+            def fn(published, images):
+                return plain.fn({**published, "params": quantize.direct()(published["params"])}, images)
+
+            return types.SimpleNamespace(fn=fn, shape=plain.shape, check=lambda published: None)
+
+        monkeypatch.setattr(export.train, "load_outcome", load)
+        monkeypatch.setattr(energy_kd, "predictor", predictor)
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["onehot", "binary", "latent", "lq"])
+def test_low_bit_weights_are_packed(form, smoke, tmp_path, capsys, low_bit, monkeypatch):
+    low_bit(form, per_channel=False)
+    monkeypatch.setattr(export, "LARGEST", 1.2)  # two tables of 16 bytes for 1,184 weights
+    file = run(smoke, "teacher", "packed", tmp_path / "t.safetensors", "--seed", "1")
+    says = capsys.readouterr().err
+    assert "(largest difference 0)" in says
+    found, metadata = load_safetensors(file)
+    assert metadata == {"method": "energy_kd", "stage": "teacher"}
+    shapes = quantize.packed_shapes(found)
+    assert sorted(shapes) == ["params/head/kernel", "params/hidden1/kernel"]
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    size = quantize.packed_size(found)
+    assert size.weights == weights
+    assert size.bytes == 2 * weights / 8 + 2 * 4 * 4
+    assert f"; {weights:,} weights in {size.bytes:,} bytes, 1.108 of their bits" in says
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "says"),
+    [
+        (None, {}, "Stage teacher has no low-bit weights to pack: --format safetensors takes any weights."),
+        ("lq", {}, "tables of levels outweigh layers that are so small, or have one a channel."),
+        ("onehot", {"change": lambda p: jax.tree.map(lambda x: x * np.nan, p)}, "is not finite: a model that diverged"),
+    ],
+)
+def test_what_is_not_packed(form, options, says, smoke, tmp_path, refused, low_bit):
+    if form:
+        low_bit(form, **options)
+    given = ("--workdir", smoke, "--stage", "teacher", "--format", "packed", "--output", tmp_path / "t.safetensors")
+    assert says in refused(export.main, *given)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_platforms_are_those_asked_for(smoke, tmp_path, capsys):
     run(smoke, "kd", "stablehlo", tmp_path / "tpu", "--platforms", "tpu")
     assert "not checked: it is for tpu and this machine has cpu" in capsys.readouterr().err
@@ -100,6 +165,7 @@ def test_a_file_that_gives_other_outputs_is_removed(smoke, tmp_path, refused, mo
             ["--seed", "all", "--format", "torch", "--output", "new.safetensors"],
             "--seed all is for --format safetensors;",
         ),
+        (["--format", "packed"], "--format packed writes a .safetensors file: --output must end so, got "),
         (["--format", "torch"], "--format torch writes a .safetensors file: --output must end so, got "),
         (["--seed", "all"], "--seed all is for --format safetensors; other files are of one seed: --seed 0."),
         (["--platforms", "cpu,gpu"], "Unknown platform 'gpu'; a program is for some of cpu, cuda, rocm, tpu."),
