@@ -34,8 +34,8 @@ TrainFn = Callable[[Any, dict[str, Any], Key[Array, ""]], tuple[Any, dict[str, A
 class Magnitudes(NamedTuple):
     """Mean absolute weights of one kernel: of those that are inherited, and of those that are drawn anew."""
 
-    fit: float
-    reset: float
+    fit: Array
+    reset: Array
 
 
 def first_init(key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "..."]:

@@ -286,7 +286,7 @@ def _check_finite(path: str, leaf: Any, says: str) -> None:
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return [(pathpath_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    return [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
 
 
 def _is_packed(x: Any) -> bool:
