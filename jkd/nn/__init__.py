@@ -1,5 +1,6 @@
 """Backbones and the doors through which pure functions call them."""
 
+from jkd.channels import Channels
 from jkd.nn.apply import (
     ApplyFn,
     Variables,
@@ -45,6 +46,7 @@ __all__ = [
     "MLP",
     "VGG",
     "ApplyFn",
+    "Channels",
     "DenseNet",
     "GoogLeNet",
     "MobileNet",

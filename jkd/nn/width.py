@@ -128,7 +128,7 @@ def _calls(model: nn.Module, image_shape: tuple[int, ...], counts: Mapping[str, 
     """Runs `model` on marked channels; `counts` are the leading channels of each layer to mark, None marks all."""
     seen: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {}
 
-    def run() -> dict[str, Any]:
+    def run(one: Array) -> dict[str, Any]:  # not a constant, or the compiler would run the network itself, slowly
         arrivals: dict[str, Any] = {}
 
         def intercept(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
@@ -140,15 +140,17 @@ def _calls(model: nn.Module, image_shape: tuple[int, ...], counts: Mapping[str, 
             x, out = args[0], call(*args, **kwargs)  # what is not used is never computed
             kind, shape = _layer(module, path, x.shape[-1])
             seen[path], arrivals[path] = (kind, shape), x.max(axis=tuple(range(x.ndim - 1))).astype(jnp.float32)
-            marks = None if kind is nn.BatchNorm else _marks(path, shape, x, counts)
-            return x.astype(out.dtype) if marks is None else jnp.broadcast_to(marks.astype(out.dtype), out.shape)
+            if kind is nn.BatchNorm:
+                return x.astype(out.dtype)
+            marks = (one * _marks(path, shape, x, counts)).astype(out.dtype)
+            return jnp.broadcast_to(marks, out.shape)
 
         with nn.intercept_methods(intercept):
-            variables = model.init(jax.random.key(0), jnp.ones((1, *image_shape)), train=False)
+            variables = model.init(jax.random.key(0), jnp.full((1, *image_shape), one), train=False)
         _check_all_seen(variables["params"], seen)
         return arrivals
 
-    arrived = jax.device_get(jax.jit(run)())
+    arrived = jax.device_get(jax.jit(run)(np.float32(1)))
     return {path: _Call(*seen[path], arrived[path]) for path in seen}
 
 

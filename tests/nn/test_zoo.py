@@ -1,4 +1,4 @@
-"""WRN, VGG, ShuffleNets, MobileNets, DenseNet, GoogLeNet, ResNet-50 for CIFAR: sizes, taps, layers, initial values."""
+"""WRN, VGG, ShuffleNets, MobileNets, DenseNet, GoogLeNet, bottleneck ResNet: sizes, taps, layers, initial values."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""ResNets, WRN, VGG, ShuffleNets and MobileNet against PyTorch modules that have the protocol's names."""
+"""ResNets, WRN, VGG, ShuffleNets, MobileNet, DenseNet and GoogLeNet against PyTorch modules that have public names."""
 
 import functools
 
@@ -197,6 +197,89 @@ class Mobile(Module):
         return self.fc(self.model(x).mean((2, 3)))
 
 
+class DenseLayer(Module):
+    def __init__(self, inputs, mid, outputs):
+        super().__init__()
+        self.norm1, self.conv1 = Norm(inputs), conv(inputs, mid, 1)
+        self.norm2, self.conv2 = Norm(mid), conv(mid, outputs, 3)
+
+    def forward(self, x):
+        y = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.norm2(y)))], 1)
+
+
+class Dense(Module):
+    def __init__(self, model):
+        super().__init__()
+        parts, inputs = torch.nn.ModuleDict({"conv0": conv(3, model.widths[0], 7, 2)}), model.widths[0]
+        parts["norm0"] = Norm(inputs)
+        for b, (count, width) in enumerate(zip(model.units, model.widths, strict=True)):
+            if b:
+                parts[f"transition{b}"] = torch.nn.ModuleDict({"norm": Norm(inputs), "conv": conv(inputs, width, 1)})
+                inputs = width
+            parts[f"denseblock{b + 1}"] = Sequential()
+            for u in range(count):
+                layer = DenseLayer(inputs, model.bottleneck, model.growth)
+                parts[f"denseblock{b + 1}"].add_module(f"denselayer{u + 1}", layer)
+                inputs += model.growth
+        parts[f"norm{len(model.units) + 1}"] = Norm(inputs)
+        self.features, self.classifier = parts, torch.nn.Linear(inputs, model.num_classes)
+
+    def forward(self, x):
+        for name, part in self.features.items():
+            if name.startswith("transition"):
+                x = F.avg_pool2d(part["conv"](F.relu(part["norm"](x))), 2)
+            elif name.startswith("norm"):
+                x = F.relu(part(x))
+                x = F.max_pool2d(x, 3, 2, 1) if name == "norm0" else x
+            else:
+                x = part(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+class Basic(Module):
+    def __init__(self, inputs, outputs, size, stride=1):
+        super().__init__()
+        self.conv, self.bn = conv(inputs, outputs, size, stride), Norm(outputs, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Inception(Module):
+    def __init__(self, inputs, one, reduce2, three2, reduce3, three3, last):
+        super().__init__()
+        self.branch1 = Basic(inputs, one, 1)
+        self.branch2 = Sequential(Basic(inputs, reduce2, 1), Basic(reduce2, three2, 3))
+        self.branch3 = Sequential(Basic(inputs, reduce3, 1), Basic(reduce3, three3, 3))
+        self.branch4 = Sequential(torch.nn.MaxPool2d(3, 1, 1), Basic(inputs, last, 1))
+
+    def forward(self, x):
+        return torch.cat([self.branch1(x), self.branch2(x), self.branch3(x), self.branch4(x)], 1)
+
+
+class Google(Module):
+    def __init__(self, model):
+        super().__init__()
+        first, second, inputs = model.stem_widths
+        self.conv1, self.conv2, self.conv3 = Basic(3, first, 7, 2), Basic(first, second, 1), Basic(second, inputs, 3)
+        self.units = []
+        for b, units in enumerate(model.widths):
+            for u, widths in enumerate(units):
+                self.units.append((f"inception{b + 3}{'abcde'[u]}", (0, 3, 2)[b] if u == 0 else 0))
+                setattr(self, self.units[-1][0], Inception(inputs, *widths))
+                inputs = widths[0] + widths[2] + widths[4] + widths[5]
+        self.fc = torch.nn.Linear(inputs, model.num_classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True)
+        x = F.max_pool2d(self.conv3(self.conv2(x)), 3, 2, ceil_mode=True)
+        for name, pool in self.units:
+            x = F.max_pool2d(x, pool, 2, ceil_mode=True) if pool else x
+            x = getattr(self, name)(x)
+        return self.fc(x.mean((2, 3)))
+
+
 def randomize(net):
     """Nothing trivial inside: an exchange of mean, variance, scale or bias would show."""
     torch.manual_seed(0)
@@ -239,8 +322,21 @@ def with_biased_variances(net, images):
         (nn.ShuffleNetV1(5, 12, (2, 2, 1)), shuffle_v1, 18),
         (nn.ShuffleNetV2(5, (4, 8, 12, 16, 10), (2, 3, 1)), shuffle_v2, 18),
         (nn.mobilenet(5, width=4), Mobile, 65),
+        (nn.DenseNet(5, (2, 3, 1), (6, 4, 5), 3, 4), Dense, 37),
+        (nn.GoogLeNet(5, (4, 3, 6), (((2, 3, 4, 2, 3, 4),), ((4, 3, 2, 2, 2, 3),) * 2, ((3,) * 6,))), Google, 53),
     ],
-    ids=["bottleneck", "basic", "wrn", "vgg", "vgg_64", "shufflenet_v1", "shufflenet_v2", "mobilenet"],
+    ids=[
+        "bottleneck",
+        "basic",
+        "wrn",
+        "vgg",
+        "vgg_64",
+        "shufflenet_v1",
+        "shufflenet_v2",
+        "mobilenet",
+        "densenet",
+        "googlenet",
+    ],
 )
 def test_logits_and_statistics_equal_pytorch(model, peer, side):
     net = peer(model)
