@@ -2,8 +2,8 @@
 
     python -m experiments.train --config configs/quantized_distillation.py --workdir runs/quantized_distillation
 
-`dense` trains the student's network on labels. Every arm starts there, keeps the largest tenth of the weights,
-gives them 2 bits, and learns by its own loss: `ce` from labels alone, the others from `teacher` too. The whole composition is
+`dense` trains the student's network on labels. Every arm starts there, keeps the largest tenth of the weights, gives
+them 2 bits, and learns by its own loss: `ce` from labels alone, the others from `teacher` too. The whole composition is
 the line `SMALL` below; the same fields make any student of configs/energy_kd.py, cosine_kd.py or r2kd.py small.
 
 Variants:
