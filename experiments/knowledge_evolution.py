@@ -81,14 +81,18 @@ class Evolution:
         narrow = nn.narrow(self.setup.model, self.arm.split_rate)
         return Slim(narrow, nn.shared_channels(self.setup.model, narrow, self.setup.task.shape))
 
+    @functools.cached_property
+    def split(self) -> Any:
+        """`key -> masks` of what is inherited, compiled once for all generations."""
+        shapes, rate = self.setup.shapes["params"], self.arm.split_rate
+        if self.arm.split == "kels":
+            masks = prune.build_masks(shapes, mode="kels", channels=self.slim.channels)
+            return lambda key: masks
+        return jax.jit(lambda key: prune.build_masks(shapes, rate, "wels", key=key))
+
     def masks(self, key: jax.Array, previous: Any, consts: Any) -> dict[str, Any]:
         """Which weights are inherited; equal keys draw equal ones, in all generations."""
-        params = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), self.setup.shapes["params"])
-        if self.arm.split == "none":
-            return {}
-        if self.arm.split == "wels":
-            return {"masks": prune.build_masks(params, self.arm.split_rate, "wels", key=key)}
-        return {"masks": prune.build_masks(params, mode="kels", channels=self.slim.channels)}
+        return {} if self.arm.split == "none" else {"masks": self.split(key)}
 
     def stages(self, name: str) -> list[train.Stage]:
         """One stage a generation; the last has the arm's name, the others end in _g1, _g2, and so on."""

@@ -83,10 +83,8 @@ class Arm:
             variables = {**variables, "quant_stats": stats}
         if not arm.form:
             return variables
-        exempt = [(pattern, 0) for pattern in config.exempt]
-        per_channel = True if arm.per_channel else None
-        how: dict[str, Any] = {"rules": exempt, "form": arm.form, "per_channel": per_channel}
-        return {**variables, "params": quantize.quantize_params(variables["params"], arm.bits, **how)}
+        split = splitter(arm.form, arm.bits, arm.per_channel, tuple(config.exempt))
+        return {**variables, "params": split(variables["params"])}
 
     def stage(self, name: str) -> train.Stage:
         """The arm's training, or its start alone where it has no epochs."""
@@ -111,7 +109,7 @@ class Arm:
             return {}
         variables = self.start(previous[FIRST].published)
         if arm.form:
-            found["start"] = quantize.choices(variables["params"])
+            found["start"] = jax.jit(quantize.choices)(variables["params"])
         if arm.act_bits and not arm.epochs:
             size = min(self.setup.task.sizes["train"], self.setup.config.calibration_examples)
             batch = self.setup.task.part(consts, "train", size).batch(0)
@@ -138,6 +136,14 @@ class Arm:
         if self.arm.act_bits and self.setup.config.scaled.count:
             found["channels"] = channels_evaluator(self.setup, self.model)
         return found
+
+
+@functools.cache
+def splitter(form: str, bits: int, per_channel: bool, exempt: tuple[str, ...]) -> Any:
+    """`quantize.quantize_params` as one program, which arms share."""
+    rules = [(pattern, 0) for pattern in exempt]
+    how: dict[str, Any] = {"rules": rules, "form": form, "per_channel": True if per_channel else None}
+    return jax.jit(lambda params: quantize.quantize_params(params, bits, **how))
 
 
 def scaled(variables: Any, count: int, factor: float) -> Any:
