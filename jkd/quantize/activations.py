@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from jkd.checks import Tensor, as_float
 from jkd.errors import UserError, unknown
 from jkd.quantize.direct import solve_basis, straight_through
-from jkd.quantize.levels import activation_basis, levels_from_basis, lookup, nearest_index
+from jkd.quantize.levels import Levels, activation_basis, levels_from_basis, nearest_index, nearest_value
 
 MODES = ("uniform", "variance", "energy", "robust")
 EPSILON = 1e-5
@@ -34,7 +34,7 @@ def quantize_by_thresholds(
     if levels.ndim != 1:
         raise UserError(f"levels must be a vector, got the shape {list(levels.shape)}.")
     index = nearest_index(x, levels)
-    return jnp.where(jnp.isnan(x), jnp.nan, lookup(levels, index)), index
+    return jnp.where(jnp.isnan(x), jnp.nan, nearest_value(x, levels, levels)), index
 
 
 def channel_weights(
@@ -94,16 +94,51 @@ def weighted_basis_update(
     weights = jax.lax.stop_gradient(as_float("weights", weights))
     if weights.shape != x.shape[-1:]:
         raise UserError(f"weights must have the shape [channels] = {list(x.shape[-1:])}, got {list(weights.shape)}.")
-    levels = levels_from_basis(basis, signed=False)
-    index = nearest_index(x, levels.values)
-    axes = tuple(range(x.ndim - 1))
-    # Weighted counts and sums of the levels say all; masked sums are split over devices like the activations.
-    each = [index == k for k in range(len(levels.values))]
-    size = jnp.stack([(mask.sum(axes) * weights).sum() for mask in each])
-    total = jnp.stack([(jnp.where(mask, x, 0).sum(axes) * weights).sum() for mask in each])
-    exact = jax.lax.Precision.HIGHEST
-    gram = jnp.einsum("k,ki,kj->ij", size, levels.codes, levels.codes, precision=exact)
-    return solve_basis(gram, jnp.einsum("k,ki->i", total, levels.codes, precision=exact), basis, delta)
+    batch = x if x.ndim > 1 else x.reshape(1, -1)
+    gram, moment = _moments(batch, levels_from_basis(basis, signed=False), weights)
+    return solve_basis(gram, moment, basis, delta)
+
+
+def _moments(x: Array, levels: Levels, weights: Array) -> tuple[Array, Array]:
+    """E^T D E and E^T D x."""
+    digits = [levels.codes[:, j] for j in range(levels.codes.shape[-1])]
+    pairs = [(i, j) for i in range(len(digits)) for j in range(i + 1)]
+    counts = _counts(x, levels.values, [digits[i] * digits[j] for i, j in pairs])
+    gram = {pair: (count * weights).sum() for pair, count in zip(pairs, counts, strict=True)}
+    rows = [jnp.stack([gram[max(i, j), min(i, j)] for j in range(len(digits))]) for i in range(len(digits))]
+    # A digit times x: a NaN of x stays one.
+    sums = [_over_batch(_first_axis(nearest_value(x, levels.values, digit) * x)) for digit in digits]
+    return jnp.stack(rows), jnp.stack([(total * weights).sum() for total in sums])
+
+
+def _counts(x: Array, levels: Array, marks: list[Array]) -> list[Array]:
+    """For each table of marks in {0, 1}, how many activations of a channel have a nearest level that is marked.
+
+    Several counts share a 32-bit word, so that a pass over the activations finds them all.
+    """
+    width = _first_size(x).bit_length()
+    counts = []
+    for start in range(0, len(marks), 31 // width):
+        part = marks[start : start + 31 // width]
+        word = sum((mark.astype(jnp.int32) << (width * n) for n, mark in enumerate(part)), jnp.int32(0))
+        words = _first_axis(nearest_value(x, levels, word))
+        counts += [_over_batch((words >> (width * n)) & (2**width - 1)) for n in range(len(part))]
+    return counts
+
+
+# Sums over channels begin with an image's first axis: it is on one device where a batch is split over several.
+
+
+def _first_size(x: Array) -> int:
+    return x.shape[1] if x.ndim > 2 else x.shape[0]
+
+
+def _first_axis(x: Array) -> Array:
+    return x.sum(1 if x.ndim > 2 else 0)
+
+
+def _over_batch(x: Array) -> Array:
+    return x.sum(tuple(range(x.ndim - 1)))
 
 
 def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"]) -> Float[Array, "*shape"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Integer
 
 from jkd.checks import Scalar, Tensor, as_float, check_positive
 from jkd.errors import UserError, unknown
-from jkd.quantize.levels import check_bits, digit_sum, levels_from_basis, lookup, nearest_index
+from jkd.quantize.levels import check_bits, digit_sum, levels_from_basis, lookup, nearest_index, nearest_value
 
 GRADIENTS = ("softmax", "identity")
 
@@ -273,7 +273,7 @@ def nearest_levels(
     """
     kernel = as_float("kernel", kernel)
     levels = jnp.sort(_levels_of(kernel, levels))
-    found = lookup(levels, nearest_index(kernel, levels))
+    found = nearest_value(kernel, levels, levels)
     found = found if learn_levels else jax.lax.stop_gradient(found)
     return jnp.where(jnp.isnan(kernel), kernel, found + (kernel - jax.lax.stop_gradient(kernel)))
 

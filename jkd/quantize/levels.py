@@ -80,6 +80,20 @@ def nearest_index(x: Num[Tensor, "*shape"], levels: Float[Array, "*channels leve
     return search(thresholds, x).astype(jnp.int32)
 
 
+def nearest_value(
+    x: Num[Tensor, "*shape"], levels: Float[Array, "*channels levels"], values: Num[Array, "*channels levels"]
+) -> Num[Array, "*shape"]:
+    """What goes with the nearest of sorted levels: `lookup(values, nearest_index(x, levels))`, in fewer operations."""
+    if levels.shape[-1] > UNROLLED:
+        return lookup(values, nearest_index(x, levels))
+    x, thresholds = jnp.asarray(x, levels.dtype), (levels[..., 1:] + levels[..., :-1]) / 2
+    first, *others = planes(values, x.ndim)
+    found = jnp.broadcast_to(first, x.shape)
+    for threshold, value in zip(planes(thresholds, x.ndim), others, strict=True):
+        found = jnp.where(x > threshold, value, found)
+    return found
+
+
 def lookup(levels: Num[Array, "*channels levels"], index: Int[Tensor, "*shape"]) -> Num[Array, "*shape"]:
     """`levels[index]`, or of one set a channel (the last axis of the index) `levels[channel, index]`."""
     if levels.shape[-1] <= UNROLLED:  # a chain of selections is several times faster than a gather on CPU
