@@ -31,7 +31,8 @@ class Compressed:
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """The network's own `apply` on the kernels; weights that are masked out are 0."""
         rest = {name: tree for name, tree in variables.items() if name not in ("params", MASKS)}
-        mask = (prune.apply(variables[MASKS]),) if MASKS in variables else ()
+        flags = jax.tree.map(lambda flag: flag.astype(bool), variables.get(MASKS))  # packed ones come as numbers
+        mask = (prune.apply(flags),) if MASKS in variables else ()
         params = train.chain(self.materialize, *mask)(variables["params"])
         return self.apply_fn({"params": params, **rest}, *args, **kwargs)
 

@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
+from experiments.compression import MASKS
 from jkd import quantize, train
 from jkd.errors import UserError
 from jkd.interop import safetensors, stablehlo, torch
@@ -33,7 +34,6 @@ FORMATS = ("stablehlo", "safetensors", "packed", "torch")
 SUFFIXED = ("packed", "torch")
 TOLERANCE = 1e-4  # of the largest output: another program may round otherwise
 IMAGES = 4
-LARGEST = 1.05  # of packed kernels with their levels, in bits x weights / 8
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,11 +113,8 @@ def _export_packed(output: epath.Path, predictor: Any, variables: Any, images: A
         )
     packed = quantize.pack_params(variables)
     size = quantize.packed_size(packed)
-    if size.bytes > LARGEST * size.least:
-        raise UserError(
-            f"{size.weights:,} weights take {size.bytes:,} bytes with their levels, more than {LARGEST} of the "
-            f"{size.least:,} of their bits: tables of levels outweigh layers that are so small, or have one a channel."
-        )
+    if MASKS in packed:
+        packed[MASKS] = jax.tree.map(lambda mask: quantize.pack_mask(mask) if mask.ndim else mask, packed[MASKS])
     safetensors.save_safetensors(output, packed, about)
     stored = safetensors.load_safetensors(output)[0]
     unpack = quantize.unpack(quantize.packed_shapes(stored))

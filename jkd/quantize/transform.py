@@ -226,6 +226,13 @@ def pack_params(params: Any) -> Any:
     return _map_nodes(pack, params)
 
 
+def pack_mask(mask: Any) -> dict[str, jax.Array]:
+    """A mask of weights, packed like a kernel: a bit each, of the levels 0 and 1; `unpack` gives these numbers."""
+    flags = jnp.asarray(mask)
+    packed = pack_bits(flags.astype(jnp.uint8), 1)
+    return {"packed": packed, "levels": jnp.array([0.0, 1.0]), "shape": jnp.asarray(flags.shape, jnp.int32)}
+
+
 class PackedSize(NamedTuple):
     """What packed kernels take: their weights, the bytes of codes and levels, and bits x weights / 8."""
 

@@ -160,7 +160,7 @@ def test_the_slim_network_is_measured(generations):
 
 def test_the_published_schedule_of_epochs():
     config = cli.load_config("configs/knowledge_evolution.py:cub200")
-    rate = schedule(config.network, 200 * 188, 187.3125)  # 5,994 birds in batches of 32
+    rate = schedule(config.network, round(200 * 187.3125), 187.3125)  # 5,994 birds in batches of 32
     first = [int(np.ceil(epoch * 187.3125)) for epoch in (0, 4, 5, 102, 199)]
     found = [config.arms.kels.lr * float(rate(t)) for t in first]
     np.testing.assert_allclose(found, [0.0512, 0.256, 0.256, 0.129031, 0.0000166112], rtol=2e-3)
@@ -225,7 +225,7 @@ def students(tmp_path_factory):
     return smoke_run(tmp_path_factory, "quantized_distillation", "ce", "energy_kd")
 
 
-def test_students_are_pruned_low_bit_and_distilled(students):
+def test_students_are_pruned_low_bit_and_distilled(students, tmp_path):
     kept = []
     for arm in ("ce", "energy_kd"):
         variables = jax.tree.map(lambda x: x[0], published(students, arm))
@@ -240,6 +240,10 @@ def test_students_are_pruned_low_bit_and_distilled(students):
     rows = predict.predict(cli.load_run(str(students), {}), str(students), "ce", "data:test")
     right = 100 * (rows["logits"].argmax(-1) == rows["label"]).mean(axis=-1)
     np.testing.assert_allclose(right, metrics(students, "ce")["test/top1"], atol=0.21)
+    file = tmp_path / "packed.safetensors"
+    export.main(["--workdir", str(students), "--stage", "ce", "--format", "packed", "--output", str(file)])
+    sizes = {name: x.nbytes for name, x in load_file(file).items() if name.endswith("hidden1/kernel/packed")}
+    assert sizes == {"params/hidden1/kernel/packed": 64 * 8 * 2 / 8, "masks/hidden1/kernel/packed": 64 * 8 / 8}
 
 
 # --- configs and mistakes ---
