@@ -5,6 +5,9 @@
 The stage `whole` trains the network and keeps its state after `late_epoch`. Arms keep 20, 5, 2 and 1 percent of the
 weights: in one shot from that state (late_K) or from the initial weights (init_K), in four rounds (imp_K), and the
 masks of the latter on fresh weights (imp_fresh_K) or shuffled in each layer (imp_shuffled_K). `dense` keeps all.
+A ticket of another run, or of a file, becomes the mask of any arm, and its start:
+
+    --config.source=runs/other:imp_5 --config.arms.late_5.mask=source --config.arms.late_5.start=source
 
 Variants:
   default   scikit-learn's digits, 800 to train, an MLP 64-300-100-10, 5 paired seeds: a minute on 2 CPU cores.
@@ -30,9 +33,9 @@ def arm(keep: float, **changes: Any) -> ConfigDict:
     config = ConfigDict()
     config.keep = keep  # share of the prunable weights
     config.rounds = 2  # trainings in all, the first of the whole network: 2 is one-shot
-    config.start = "late"  # or init, or fresh: initial weights that the mask was not found from
+    config.start = "late"  # or init, or fresh: initial weights that the mask was not found from; or source: its weights
     config.scope = "global"  # or layerwise: how weights are ranked
-    config.control = "none"  # or shuffled (in each layer), or random: what is done to the mask
+    config.mask = "magnitude"  # or shuffled (in each layer), or random; or source: that of another run's ticket
     config.lr = 0.1  # of the last training; the state that late tickets go back to keeps its momentum
     config.update(changes)
     return config
@@ -48,10 +51,10 @@ def all_arms(percents: tuple[int, ...], *, controls: bool, lr: float = 0.1) -> C
         if controls:
             arms[f"init_{percent}"] = arm(keep, start="init", lr=lr)
             arms[f"imp_fresh_{percent}"] = arm(keep, start="fresh", **several)
-            arms[f"imp_shuffled_{percent}"] = arm(keep, control="shuffled", **several)
+            arms[f"imp_shuffled_{percent}"] = arm(keep, mask="shuffled", **several)
     if controls:
         arms.imp_layerwise_5 = arm(0.05, scope="layerwise", rounds=4, lr=lr)
-        arms.imp_random_5 = arm(0.05, control="random", rounds=4, lr=lr)
+        arms.imp_random_5 = arm(0.05, mask="random", rounds=4, lr=lr)
     return arms
 
 
@@ -75,6 +78,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.network.smoothing = 0.0  # of the labels
     config.late_epoch = 1.0  # after which the state is kept
     config.exempt = ("^head/",)  # regexes on paths of kernels that stay whole
+    # A ticket to transfer: WORKDIR:STAGE, .safetensors or .pth file; rules "regex -> replacement", "regex ->" drops.
+    config.source, config.source_rules = "", ("params/head/.* ->",)
     config.arms = all_arms((20, 5, 2, 1), controls=True)
     if variant == "smoke":
         settings.smoke(config)

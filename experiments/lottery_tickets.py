@@ -3,15 +3,17 @@
 Girish et al., The Lottery Ticket Hypothesis for Object Recognition, CVPR 2021 (its pruning; the networks here are
 classifiers). A first stage trains the whole network and keeps its state at the late-resetting step. A ticket is a mask
 found in trained weights, one-shot or over several rounds, and what it starts from: that state, the initial weights, or
-fresh ones.
+fresh ones. A ticket of another run can be transferred: its mask alone, or with its weights.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -19,14 +21,17 @@ from experiments import classification as cls
 from experiments import networks as nets
 from experiments.networks import Setup
 from experiments.optimizers import make_optimizer
+from experiments.stored import Stored, check_seeds, stored_stage
 from experiments.studies import Claim, Study
 from jkd import prune, train
 from jkd.errors import UserError, unknown
+from jkd.train.warm import parse_rules
 
 BASELINE = "dense"
 FIRST = "whole"  # the stage that trains the whole network
-STARTS = ("late", "init", "fresh")
-CONTROLS = ("none", "shuffled", "random")
+SOURCE = "source"  # the stage that holds another run's ticket
+STARTS = ("late", "init", "fresh", SOURCE)
+MASKS = ("magnitude", "shuffled", "random", SOURCE)
 SCOPES: dict[str, Callable] = {"global": prune.global_magnitude_mask, "layerwise": prune.layerwise_magnitude_mask}
 
 
@@ -45,13 +50,18 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"late_epoch must be < network.epochs={config.network.epochs}, got {config.late_epoch}.")
     for name in nets.selected_arms(config):
         arm, field = config.arms[name], f"arms.{name}"
-        for one, known in {"start": STARTS, "control": CONTROLS, "scope": tuple(SCOPES)}.items():
+        for one, known in {"start": STARTS, "mask": MASKS, "scope": tuple(SCOPES)}.items():
             if arm[one] not in known:
                 raise unknown(f"{field}.{one}", arm[one], known)
         if not 0 < arm.keep <= 1:
             raise UserError(f"{field}.keep must lie in (0, 1]: the sparsity 1 - keep in [0, 1), got {arm.keep}.")
         if arm.rounds < 2:
             raise UserError(f"{field}.rounds must be >= 2, the first of the whole network, got {arm.rounds}.")
+        if SOURCE in (arm.start, arm.mask) and not config.source:
+            raise UserError(f"{field} is of another run's ticket: set source to WORKDIR:STAGE or a file of weights.")
+    if config.source:
+        Stored.parse(config.source, "source")
+    parse_rules(config.source_rules)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,35 +113,63 @@ class Tickets:
         return nets.stage(self.setup, FIRST, self.steps, self.step, init, self.evaluators, more=masks, **kept)
 
     def ticket(
-        self, name: str, parent: str, keep: float, start: str, scope: str, lr: float, control: str = "none"
+        self, name: str, parent: str, keep: float, start: str, scope: str, lr: float, mask: str = "magnitude"
     ) -> train.Stage:
-        """A ticket whose mask is found in the weights that `parent` ends with."""
+        """A ticket whose mask is found in the weights that `parent` ends with, or in another run's."""
 
         def masks(key: jax.Array, previous: Mapping[str, train.Outcome], consts: Any) -> dict[str, Any]:
+            if mask == SOURCE:
+                return {"masks": self.transferred(previous[SOURCE].published)}
             trained, before = previous[parent].published["params"], previous[parent].consts["masks"]
+            if mask == "random":
+                return {"masks": prune.random_masks(key, prune.ones_masks(trained, self.is_prunable), keep)}
             found = SCOPES[scope](trained, before, keep)
-            if control == "shuffled":
-                found = prune.shuffled_masks(key, found)
-            elif control == "random":
-                found = prune.random_masks(key, prune.ones_masks(trained, self.is_prunable), keep)
-            return {"masks": found}
+            return {"masks": prune.shuffled_masks(key, found) if mask == "shuffled" else found}
 
         def init(key: jax.Array, previous: Mapping[str, train.Outcome], consts: Any) -> train.TrainState:
             if start == "late":
                 state = train.restore_state(previous[FIRST].snapshots[self.late], self.optimizer)
             else:
-                state = train.create_state(self.setup.initialize(key, int(start == "fresh")), self.optimizer)
+                variables = self.setup.initialize(key, int(start == "fresh"))
+                if start == SOURCE:
+                    rules = parse_rules(self.setup.config.source_rules)
+                    variables, _ = train.warm_start(variables, previous[SOURCE].published, rules)
+                state = train.create_state(variables, self.optimizer)
             params = prune.apply_masks(state.params, consts["masks"])
             opt_state = optax.tree.set(state.opt_state, step_size=jnp.asarray(lr, jnp.float32))
             return dataclasses.replace(state, params=params, opt_state=opt_state)
 
         first = self.late if start == "late" else 0
-        named: dict[str, Any] = {"needs": (FIRST, parent), "more": masks, "first_step": first}
+        needs = (FIRST, parent, *((SOURCE,) if SOURCE in (start, mask) else ()))
+        named: dict[str, Any] = {"needs": needs, "more": masks, "first_step": first}
         return nets.stage(self.setup, name, self.steps, self.step, init, self.evaluators, **named)
+
+    def transferred(self, variables: Any) -> Any:
+        """The masks of another run's ticket, by its zeros; what its rules drop, or it has in another shape, stays whole.
+
+        Raises:
+          UserError: if it has nothing in common with the network, or no zeros there.
+        """
+        masks = prune.ones_masks(self.setup.shapes["params"], self.is_prunable)
+        kept = jax.tree.map(lambda x: np.asarray(x) != 0, variables["params"])
+        target = {"params": jax.tree.map(lambda mask: np.ones(mask.shape, bool), masks)}
+        found, _ = train.warm_start(target, {"params": kept}, parse_rules(self.setup.config.source_rules))
+        found = jax.tree.map(lambda mask, new: new if mask.ndim else mask, masks, found["params"])
+        if all(leaf.all() for leaf in jax.tree.leaves(found)):
+            raise UserError(f"{self.setup.config.source} has no zeros in the kernels of this network: it is no ticket.")
+        return jax.tree.map(jnp.asarray, found)
+
+    def source(self) -> train.Stage:
+        """Another run's ticket."""
+        setup = self.setup
+        stored = Stored.parse(setup.config.source, "source")
+        stored = dataclasses.replace(stored, model=setup.model, shape=setup.task.shape)
+        check = functools.partial(check_seeds, config=setup.config, what=setup.config.source)
+        return stored_stage(SOURCE, stored, setup.config, check)
 
     def rounds(self, arm: ConfigDict) -> dict[str, train.Stage]:
         """The trainings between the first and an arm's own, by name: the rounds of iterative pruning."""
-        start = "late" if arm.start == "fresh" else arm.start
+        start = arm.start if arm.start in ("late", "init") else "late"
         schedule = prune.keep_schedule(arm.keep, arm.rounds)[:-1]
         prefix = f"{arm.scope}_{start}_{arm.rounds}_{100 * arm.keep:g}".replace(".", "_")
         names = [f"{prefix}_round{r}" for r in range(1, arm.rounds - 1)]
@@ -148,12 +186,14 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     check(config)
     tickets = Tickets.of(config)
     made = {FIRST: tickets.whole()}
+    if any(SOURCE in (config.arms[name].start, config.arms[name].mask) for name in nets.selected_arms(config)):
+        made[SOURCE] = tickets.source()
     for name in nets.selected_arms(config):
         arm = config.arms[name]
-        rounds = tickets.rounds(arm)
+        rounds = {} if arm.mask == SOURCE else tickets.rounds(arm)
         made |= {one: stage for one, stage in rounds.items() if one not in made}
         parent = next(reversed(rounds), FIRST)
-        made[name] = tickets.ticket(name, parent, arm.keep, arm.start, arm.scope, arm.lr, arm.control)
+        made[name] = tickets.ticket(name, parent, arm.keep, arm.start, arm.scope, arm.lr, arm.mask)
     return list(made.values())
 
 

@@ -14,6 +14,7 @@ from experiments import train as command
 from experiments.distillation_settings import PAIRS
 from experiments.optimizers import schedule
 from jkd import nn, prune, quantize, train
+from jkd.errors import UserError
 
 METHODS = {
     "lottery_tickets": lottery_tickets,
@@ -112,6 +113,19 @@ def test_shuffled_masks_keep_as_many(tickets):
     )
     assert found.sum() == shuffled.sum()
     assert (found != shuffled).any()
+
+
+def test_tickets_transfer(tickets, tmp_path):
+    argv = ["--config", "configs/lottery_tickets.py:smoke", "--workdir", str(tmp_path / "run"), *QUIET]
+    argv += ["--config.only=late_5,late_2", "--config.arms.late_5.mask=source", "--config.arms.late_5.start=source"]
+    argv += ["--config.arms.late_2.mask=source"]
+    with pytest.raises(UserError, match="has no zeros in the kernels of this network"):
+        command.main([*argv, f"--config.source={tickets}:whole"])
+    command.main([*argv[:2], "--workdir", str(tmp_path / "again"), *argv[4:], f"--config.source={tickets}:imp_5"])
+    ticket = published(tickets, "imp_5")["params"]["hidden1"]["kernel"]
+    for name in ("late_5", "late_2"):
+        found = published(tmp_path / "again", name)["params"]["hidden1"]["kernel"]
+        np.testing.assert_array_equal(found == 0, ticket == 0)
 
 
 # --- knowledge evolution ---
@@ -281,6 +295,8 @@ def test_published_settings():
         ("lottery_tickets", "arms.imp_5.start=lat", "Did you mean 'late'?"),
         ("lottery_tickets", "arms.imp_5.scope=layer", "arms.imp_5.scope"),
         ("lottery_tickets", "late_epoch=9", "late_epoch must be < network.epochs=2.0"),
+        ("lottery_tickets", "arms.late_5.mask=source", "set source to WORKDIR:STAGE"),
+        ("lottery_tickets", "source=runs", "source must be WORKDIR:STAGE"),
         ("lottery_tickets", "exempt=(,", "exempt"),
         ("lottery_tickets", "only=imp_4,", "Did you mean 'imp_5'"),
         ("knowledge_evolution", "arms.kels.split_rate=1.0", "arms.kels.split_rate must lie in (0, 1), got 1.0"),
