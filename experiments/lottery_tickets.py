@@ -145,7 +145,7 @@ class Tickets:
         return nets.stage(self.setup, name, self.steps, self.step, init, self.evaluators, **named)
 
     def transferred(self, variables: Any) -> Any:
-        """The masks of another run's ticket, by its zeros; what its rules drop, or it has in another shape, stays whole.
+        """The masks of another run's ticket, by its zeros; what its rules drop, or has another shape there, is whole.
 
         Raises:
           UserError: if it has nothing in common with the network, or no zeros there.

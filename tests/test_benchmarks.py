@@ -44,6 +44,20 @@ def test_steps_of_distillation_agree_and_are_timed(capsys):
     assert "jkd, direct, cached" in capsys.readouterr().out
 
 
+def test_low_bit_steps_agree_with_plain_formulas_and_are_timed(capsys, monkeypatch):
+    bench = load("quantize_step")
+    monkeypatch.setattr(bench, "WATCHED", ("block1", "conv", "kernel"))
+    task = bench.make_task("cnn", batch=2)
+    kinds = {kind.name: kind for kind in bench.KINDS}
+    bench.check(task, kinds["2 bit, LQ-Nets"])
+    bench.check(task, kinds["4-bit activations"])
+    variants = [bench.ours(task, kinds["w4a4, binary"])]
+    bench.measure(variants, repeats=2, steps=1)
+    bench.report(variants)
+    assert "w4a4, binary" in capsys.readouterr().out
+
+
 def test_all_are_known_here():
-    known = {"_torch_peer.py", "distill_step.py", "loop_overhead.py", "precision.py"}
+    known = {"_brevitas_peer.py", "_torch_peer.py"}
+    known |= {"distill_step.py", "loop_overhead.py", "precision.py", "quantize_step.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == known, "a new benchmark needs a test"
