@@ -89,7 +89,7 @@ def large(config: ConfigDict, model: str, lr: float, epochs: float) -> None:
 def get_config(variant: str = "default") -> ConfigDict:
     config = settings.base("learnable_levels")
     config.seeds, config.batch_size, config.eval_epochs = 8, 64, 0.0
-    config.data.train_examples, config.data.validation_examples = 2000, 1000
+    config.data.train_examples, config.data.validation_examples = 0, 1000  # the other 2,000
     config.data.train_split, config.data.test_split = "train+test[:2000]", "test[2000:]"
     config.data.weak = config.data.strong = settings.augmentation()
     config.network = settings.network("mlp", 1e-3, 10.0)
