@@ -263,13 +263,15 @@ class Predictor:
       fn: the call, for one member; its rows are "logits", "probabilities" and "pool".
       shape: of one image.
       variables: the shapes and dtypes of what the stage must have published.
-      model: what they are the variables of.
+      model: what they are the variables of,
+      plain: published -> the model's own variables, where a stage publishes a smaller form of them.
     """
 
     fn: Callable[[Any, jax.Array], dict[str, jax.Array]]
     shape: tuple[int, int, int]
     variables: Any
     model: Any
+    plain: Callable[[Any], Any] = lambda published: published
 
     def __call__(self, published: Any, images: jax.Array) -> dict[str, jax.Array]:
         """Rows for the images."""

@@ -29,12 +29,23 @@ class Compressed:
     materialize: Callable[[Any], Any]
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """The network's own `apply` on the kernels; weights that are masked out are 0."""
+        """The network's own `apply` on the kernels."""
+        return self.apply_fn(self.plain(variables), *args, **kwargs)
+
+    def plain(self, variables: Any) -> Any:
+        """The network's own variables: kernels, in which what is masked out is 0, and no masks."""
         rest = {name: tree for name, tree in variables.items() if name not in ("params", MASKS)}
         flags = jax.tree.map(lambda flag: flag.astype(bool), variables.get(MASKS))  # packed ones come as numbers
         mask = (prune.apply(flags),) if MASKS in variables else ()
-        params = train.chain(self.materialize, *mask)(variables["params"])
-        return self.apply_fn({"params": params, **rest}, *args, **kwargs)
+        return {"params": train.chain(self.materialize, *mask)(variables["params"]), **rest}
+
+
+def pack(variables: Any) -> Any:
+    """Low-bit kernels as packed codes, and masks as a bit a weight; see `quantize.pack_params`."""
+    packed = quantize.pack_params(variables)
+    if MASKS in packed:
+        packed[MASKS] = jax.tree.map(lambda mask: quantize.pack_mask(mask) if mask.ndim else mask, packed[MASKS])
+    return packed
 
 
 def make_groups(

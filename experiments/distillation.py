@@ -90,7 +90,7 @@ def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
         return plain
     shapes = jax.eval_shape(functools.partial(small_start, config, config.arms[stage]), plain.variables)
     small = cls.classifier(setup.student, setup.task, setup.views["weak"], shapes)
-    return dataclasses.replace(small, model=plain.model)
+    return dataclasses.replace(small, model=plain.model, plain=setup.student.plain)
 
 
 # --- the teachers ---

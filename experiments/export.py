@@ -4,7 +4,8 @@
     python -m experiments.export --workdir runs/energy_kd --stage kd --format safetensors --output kd.safetensors
 
 stablehlo: a program uint8[b, height, width, channels] -> {"logits", "probabilities", "pool"} for any b, of one seed,
-    with normalization and parameters inside. It needs jax and flatbuffers: see jkd/interop/stablehlo.py.
+    with normalization and parameters inside (low-bit weights as packed codes). It needs jax and flatbuffers: see
+    jkd/interop/stablehlo.py.
 safetensors: the variables by path (params/head/kernel) of one seed, or of all with a leading axis (--seed all).
     A later run starts from it by --config.student.init_from=kd.safetensors.
 packed: the variables of one seed with low-bit weights as codes of so many bits, and a table of levels for each kernel:
@@ -23,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
-from experiments.compression import MASKS
+from experiments.compression import pack
 from jkd import quantize, train
 from jkd.errors import UserError
 from jkd.interop import safetensors, stablehlo, torch
@@ -93,11 +94,12 @@ def export(
         return _export_packed(output, predictor, chosen, images, {"method": str(config.method), "stage": stage})
     elif kind == "torch":
         about = {"method": str(config.method), "stage": stage}
-        torch.save_torch(output, predictor.model, chosen, style=style, metadata=about)
+        torch.save_torch(output, predictor.model, predictor.plain(chosen), style=style, metadata=about)
         weights = torch.read_state_dict(output)
         found = classify(torch.from_torch(predictor.model, weights, image_shape=predictor.shape, style=style), images)
     else:
-        program = stablehlo.export_predictor(predictor, chosen, predictor.shape, platforms=platforms)
+        inside = _packed(predictor, chosen) if quantize.is_quantized(chosen) else (predictor, chosen)
+        program = stablehlo.export_predictor(*inside, predictor.shape, platforms=platforms)
         stablehlo.save_stablehlo(output, program)
         here = jax.default_backend()
         if here not in {"gpu" if name in ("cuda", "rocm") else name for name in platforms}:
@@ -111,16 +113,25 @@ def _export_packed(output: epath.Path, predictor: Any, variables: Any, images: A
         raise UserError(
             f"Stage {about['stage']} has no low-bit weights to pack: --format safetensors takes any weights."
         )
-    packed = quantize.pack_params(variables)
-    size = quantize.packed_size(packed)
-    if MASKS in packed:
-        packed[MASKS] = jax.tree.map(lambda mask: quantize.pack_mask(mask) if mask.ndim else mask, packed[MASKS])
+    packed = pack(variables)
+    size = quantize.packed_size(packed["params"])
     safetensors.save_safetensors(output, packed, about)
     stored = safetensors.load_safetensors(output)[0]
-    unpack = quantize.unpack(quantize.packed_shapes(stored))
-    found = jax.jit(lambda stored, images: predictor.fn(unpack(stored), images))(stored, images)
+    found = jax.jit(_unpacking(predictor, stored))(stored, images)
     says = check(output, jax.jit(predictor.fn)(variables, images), found, tolerance=0.0)
     return f"{says}; {size.weights:,} weights in {size.bytes:,} bytes, {size.bytes / size.least:.3f} of their bits"
+
+
+def _packed(predictor: Any, variables: Any) -> tuple[Any, Any]:
+    """The predictor of packed variables, and these."""
+    packed = pack(variables)
+    return _unpacking(predictor, packed), packed
+
+
+def _unpacking(predictor: Any, packed: Any) -> Any:
+    """`predictor.fn` of variables like `packed`, which are unpacked inside: weights lie in memory as codes."""
+    unpack = quantize.unpack(quantize.packed_shapes(packed))
+    return lambda packed, images: predictor.fn(unpack(packed), images)
 
 
 def select(outcome: train.Outcome, seed: str, kind: str) -> tuple[Any, dict[str, str]]:

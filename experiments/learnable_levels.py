@@ -245,6 +245,7 @@ def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
     return dataclasses.replace(
         cls.classifier(arm.model, setup.task, setup.views["weak"], jax.eval_shape(arm.start, setup.shapes)),
         model=setup.model,
+        plain=arm.model.plain,
     )
 
 

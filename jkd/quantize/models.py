@@ -281,7 +281,7 @@ def _with_inputs(
 def _stored(layer: nn.Module, path: str, bits: int) -> Array:
     if not layer.has_variable(COLLECTION, "basis"):
         raise UserError(f'variables["{COLLECTION}"] hold no basis for the inputs of {path}: activation_stats makes it.')
-    basis: Array = layer.get_variable(COLLECTION, "basis")
+    basis = jnp.asarray(layer.get_variable(COLLECTION, "basis"))
     if basis.shape != (bits,):
         raise UserError(f"The basis for the inputs of {path} must have {bits} bits, got the shape {list(basis.shape)}.")
     return basis

@@ -212,6 +212,9 @@ def test_low_bit_stages_are_exported_evaluated_and_used(stage, levels, tmp_path,
     assert "largest difference 0" in " ".join(says.split())
     bits = {name: x.nbytes for name, x in load_file(file).items() if name.endswith("packed")}
     assert bits["params/hidden1/kernel/packed"] == 64 * 16 * int(stage.removeprefix("w")[-1]) / 8
+    program = tmp_path / "program"
+    export.main(["--workdir", str(levels), "--stage", stage, "--format", "stablehlo", "--output", str(program)])
+    assert "read back, it gives the model's outputs" in capsys.readouterr().err
     config = cli.load_run(str(levels), {})
     again = evaluate.evaluate(config, str(levels), [stage])[stage]
     assert all(np.abs(row["difference"]).max() < 1e-4 for row in again.values())
@@ -256,6 +259,9 @@ def test_students_are_pruned_low_bit_and_distilled(students, tmp_path):
     np.testing.assert_allclose(right, metrics(students, "ce")["test/top1"], atol=0.21)
     file = tmp_path / "packed.safetensors"
     export.main(["--workdir", str(students), "--stage", "ce", "--format", "packed", "--output", str(file)])
+    export.main(
+        ["--workdir", str(students), "--stage", "ce", "--format", "torch", "--output", str(tmp_path / "t.safetensors")]
+    )
     sizes = {name: x.nbytes for name, x in load_file(file).items() if name.endswith("hidden1/kernel/packed")}
     assert sizes == {"params/hidden1/kernel/packed": 64 * 8 * 2 / 8, "masks/hidden1/kernel/packed": 64 * 8 / 8}
 
