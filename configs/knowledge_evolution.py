@@ -3,8 +3,9 @@
     python -m experiments.train --config configs/knowledge_evolution.py --workdir runs/knowledge_evolution
 
 Arms: `kels` splits channels, so that the inherited part is a slim network of its own, evaluated as `slim`; `wels`
-splits single weights; `long` trains once, for the epochs of all generations. The stages kels_g1, kels_g2, .. are the
-generations, `kels` the last one.
+splits single weights. Baselines: `long` trains once, for the epochs of all generations; each `born_again` generation
+learns from the one before; `dsd` trains dense, with half of the weights, and dense again. The stages kels_g1, kels_g2,
+.. are the generations, `kels` the last one.
 
 Variants:
   default   scikit-learn's digits, 200 to train, an MLP 64-256-256-10, 6 generations of 60 epochs, 5 paired seeds: a
@@ -30,11 +31,11 @@ CUB = {f"cub200_{model}": model for model in ("resnet50", "densenet169", "google
 VARIANTS = ("default", "smoke", "hard", "cub200", *CUB, "cifar100", "imagenet")
 
 
-def arm(split: str, generations: int = 6, **changes: Any) -> ConfigDict:
-    """One way to split the weights, and how each generation is trained."""
+def arm(kind: str, generations: int = 6, **changes: Any) -> ConfigDict:
+    """What generations inherit, and how each is trained."""
     config = ConfigDict()
-    config.split = split  # kels, wels, or none
-    config.split_rate = 0.5  # share of the channels, or of the weights, that is inherited
+    config.kind = kind  # kels, wels, plain, born_again or dsd
+    config.split_rate = 0.5  # share of the channels, or of the weights, that is inherited; of dsd, that stays
     config.generations = generations
     config.reset = "uniform"  # or normal: what is drawn anew, as PyTorch's default or as the first generation
     config.lr, config.epochs, config.weight_decay = 0.1, 60.0, 5e-4
@@ -43,9 +44,10 @@ def arm(split: str, generations: int = 6, **changes: Any) -> ConfigDict:
 
 
 def all_arms(generations: int = 6, **changes: Any) -> ConfigDict:
-    """Both splits, and one training as long as all generations."""
-    arms = ConfigDict({split: arm(split, generations, **changes) for split in ("kels", "wels")})
-    arms.long = arm("none", 1, **changes)
+    """Both splits, and the baselines, of as many epochs in all (`dsd`: of three generations)."""
+    arms = ConfigDict({kind: arm(kind, generations, **changes) for kind in ("kels", "wels", "born_again")})
+    arms.dsd = arm("dsd", 3, **changes)
+    arms.long = arm("plain", 1, **changes)
     arms.long.epochs *= generations
     return arms
 

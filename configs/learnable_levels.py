@@ -38,7 +38,8 @@ def arm(form: str = "", bits: int = 2, **changes: Any) -> ConfigDict:
     config.learn_levels = True  # of latent
     config.gradient, config.tau = "softmax", 1.0  # of onehot
     config.act_bits, config.act_mode = 0, "variance"  # of the layers' inputs, 0: as they are; uniform, energy, robust
-    config.lr, config.choice_lr, config.level_lr = 1e-3, 0.1, 1e-3  # the latter two of Adam
+    config.lr = 1e-3
+    config.choice_scale, config.level_scale = 100.0, 1.0  # of the rates of Adam for choices and levels, times lr
     config.epochs = 15.0  # 0: nothing is trained
     config.update(changes)
     return config
@@ -52,9 +53,9 @@ def weights(bits: int, **changes: Any) -> dict[str, ConfigDict]:
         "ste": ("latent", {}),
         "lq": ("lq", {}),
         "direct": ("onehot", {}),
-        "direct_slow": ("onehot", {"choice_lr": 0.01}),
-        "identity": ("onehot", {"choice_lr": 0.01, "gradient": "identity"}),
-        "binary": ("binary", {"choice_lr": 0.01}),
+        "direct_slow": ("onehot", {"choice_scale": 10.0}),
+        "identity": ("onehot", {"choice_scale": 10.0, "gradient": "identity"}),
+        "binary": ("binary", {"choice_scale": 10.0}),
     }
     return {f"{name}_{bits}": arm(form, bits, **changes | own) for name, (form, own) in ways.items()}
 
@@ -76,13 +77,18 @@ def large(config: ConfigDict, model: str, lr: float, epochs: float) -> None:
     config.network.update({"model": model, "lr": lr, "epochs": epochs, "optimizer": "sgd", "weight_decay": 1e-4})
     config.exempt, config.act_exempt = ("^stem/", "^head/"), ("^stem/", "^head/")
     config.seeds, config.ensemble = 1, "loop"
-    shared: dict[str, Any] = {"lr": 0.1 * lr, "epochs": epochs}
+    # Weights take SGD, choices and levels Adam at 0.1 (or 0.01) and 0.001 as in the small networks.
+    shared: dict[str, Any] = {"lr": 0.1 * lr, "epochs": epochs, "level_scale": 0.1}
     arms = {"full": arm(**shared)}
     for bits in (1, 2, 3):
         arms |= {name: one for name, one in weights(bits, **shared).items() if not name.startswith("identity")}
+        for name in (f"direct_{bits}", f"direct_slow_{bits}", f"binary_{bits}"):
+            arms[name].choice_scale *= 0.1
         for mode in ("uniform", "variance"):
-            arms[f"w{bits}a{bits}_{mode}"] = arm("onehot", bits, act_bits=bits, act_mode=mode, **shared)
-    arms["w4a4_binary"] = arm("binary", 4, choice_lr=0.01, act_bits=4, **shared)
+            arms[f"w{bits}a{bits}_{mode}"] = arm(
+                "onehot", bits, choice_scale=10.0, act_bits=bits, act_mode=mode, **shared
+            )
+    arms["w4a4_binary"] = arm("binary", 4, choice_scale=1.0, act_bits=4, **shared)
     config.arms = ConfigDict(arms)
 
 

@@ -59,8 +59,8 @@ def make_groups(
     adam = section.copy_and_resolve_references()
     adam.optimizer, adam.weight_decay = "adam", 0.0
     groups = {
-        "choices": make_optimizer(adam, arm.choice_lr, num_steps, per_epoch),
-        "levels": make_optimizer(adam, arm.level_lr, num_steps, per_epoch),
+        "choices": make_optimizer(adam, arm.choice_scale * arm.lr, num_steps, per_epoch),
+        "levels": make_optimizer(adam, arm.level_scale * arm.lr, num_steps, per_epoch),
         "weights": make_optimizer(section, arm.lr, num_steps, per_epoch),
         "frozen": optax.set_to_zero(),
     }

@@ -216,7 +216,7 @@ def check_compression(config: ConfigDict, arm: ConfigDict, field: str) -> None:
         raise UserError(f"{field}.bits must be an integer in 0..8 (0: full precision), got {arm.bits}.")
     if arm.form not in ("onehot", "binary", "latent"):
         raise unknown(f"{field}.form", arm.form, ("onehot", "binary", "latent"))
-    cls.check_numbers(arm, field, positive=("choice_lr", "level_lr"))
+    cls.check_numbers(arm, field, positive=("choice_scale", "level_scale"))
 
 
 def student_stage(

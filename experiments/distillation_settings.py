@@ -59,7 +59,7 @@ def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
     config.start = ""  # one of the teachers, a network like the student, whose weights it starts from
     config.keep = 1.0  # share of the start's kernels that stays, the largest
     config.bits, config.form = 0, "onehot"  # of the kernels, 0: full precision; binary, latent
-    config.choice_lr, config.level_lr = 0.1, 1e-3  # of Adam
+    config.choice_scale, config.level_scale = 10.0, 0.1  # of the rates of Adam for choices and levels, times lr
     config.update(changes)
     return config
 

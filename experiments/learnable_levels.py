@@ -39,7 +39,7 @@ def check(config: ConfigDict) -> None:
         Stored.parse(config.network.init_from, "network.init_from")
     for name in nets.selected_arms(config):
         arm, field = config.arms[name], f"arms.{name}"
-        rates = ("choice_lr", "level_lr", "tau")
+        rates = ("choice_scale", "level_scale", "tau")
         cls.check_numbers(arm, field, positive=rates, nonnegative=("epochs",))
         for one, known in {"form": FORMS, "gradient": GRADIENTS, "act_mode": MODES}.items():
             if arm[one] not in known:
@@ -259,7 +259,12 @@ def compared(bits: int) -> tuple[Claim, ...]:
         Claim(f"direct beats rounding to fixed levels ({word})", "so", f"direct_{bits}", f"ste_fixed_{bits}"),
         Claim(f"direct beats rounding to learned levels ({word})", "so", f"direct_{bits}", f"ste_{bits}"),
         Claim(f"direct beats LQ-Nets ({word})", "so", f"direct_{bits}", f"lq_{bits}"),
-        Claim(f"choices need a large rate: 0.1 beats 0.01 ({word})", "", f"direct_{bits}", f"direct_slow_{bits}"),
+        Claim(
+            f"choices need a large rate: 100 times that of the weights beats 10 times ({word})",
+            "",
+            f"direct_{bits}",
+            f"direct_slow_{bits}",
+        ),
         Claim(f"the softmax's gradient beats the score's own ({word})", "", f"direct_slow_{bits}", f"identity_{bits}"),
         Claim(f"the binary form is as good as the one-hot one ({word})", "", f"binary_{bits}", f"direct_{bits}", 1.0),
         Claim(f"{word} are as good as full precision", "so", f"direct_{bits}", "full", 1.0),
@@ -280,6 +285,6 @@ CHANNELS = (
     Claim("the price: the raw squared error rises", "", ("variance", "channels/mse"), ("uniform", "channels/mse")),
 )
 STUDIES = (
-    Study("digits", "configs/learnable_levels.py", (0.0003, 0.001, 0.003), 3, (*compared(2), *compared(1))),
+    Study("digits", "configs/learnable_levels.py", (0.001, 0.003, 0.01), 3, (*compared(2), *compared(1))),
     Study("channels", "configs/learnable_levels.py:channels", (), 0, CHANNELS),
 )

@@ -28,7 +28,7 @@ def _study(study: Mapping[str, Any]) -> list[str]:
     if "claims" not in study:
         return [f"Not run: {study['not_run']}"]
     claims = table(COLUMNS, [_claim(row) for row in study["claims"]])
-    rates = "at the rate tuned for it" if study["rates"] else "all at the config's rate"
+    rates = "at the rate tuned for it" if study["rates"] else "at the config's rate"
     says = f"Percent of test rows right at the last step, mean over the seeds; every arm {rates}:"
     accuracies = [
         (f"`{name}`", f"{study['rates'][name]:g}" if name in study["rates"] else "", f"{np.mean(found):.2f}")

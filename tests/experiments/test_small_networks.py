@@ -133,13 +133,14 @@ def test_tickets_transfer(tickets, tmp_path):
 
 @pytest.fixture(scope="module")
 def generations(tmp_path_factory):
-    return smoke_run(tmp_path_factory, "knowledge_evolution", "kels", "wels")
+    return smoke_run(tmp_path_factory, "knowledge_evolution", "kels", "wels", "born_again", "dsd")
 
 
 def test_generations_inherit_the_fit_hypothesis(generations):
     config = cli.load_config("configs/knowledge_evolution.py:smoke")
     stages = {stage.name: stage for stage in knowledge_evolution.stages(config)}
-    assert list(stages) == ["kels_g1", "kels_g2", "kels", "long", "wels_g1", "wels_g2", "wels"]
+    arms = ("born_again", "dsd", "kels", "wels")
+    assert set(stages) == {"long", *(f"{arm}{g}" for arm in arms for g in ("_g1", "_g2", ""))}
     assert stages["kels"].step is stages["kels_g1"].step  # one compiled program
     assert stages["long"].num_steps == pytest.approx(3 * stages["kels"].num_steps, abs=1)
     for arm in ("kels", "wels"):
@@ -153,6 +154,24 @@ def test_generations_inherit_the_fit_hypothesis(generations):
             assert (new[~mask] != old[~mask]).all()
             assert 0.2 < mask.mean() < 0.6
         assert all((x == 0).all() for path, x in named(state.opt_state).items() if "trace" in path)
+
+
+def test_baselines_of_generations(generations):
+    trained = {name: published(generations, name)["params"] for name in ("kels_g1", "born_again_g1", "dsd_g1")}
+    same(trained["kels_g1"], trained["born_again_g1"])  # one first generation, whatever follows
+    same(trained["kels_g1"], trained["dsd_g1"])
+    sparse, dense = (kernels(published(generations, name)["params"]) for name in ("dsd_g2", "dsd"))
+    for path, kernel in sparse.items():
+        assert (kernel == 0).mean() == 0.5
+        assert (dense[path] != 0).mean() > 0.9
+    config = cli.load_config("configs/knowledge_evolution.py:smoke")
+    made = knowledge_evolution.BornAgain(networks.Setup.of(config), config.arms.born_again)
+    first, second = (
+        made.consts(g, before, jax.random.key(0))
+        for g, before in ((1, None), (2, train.Outcome({"params": 1}, {}, {}, {})))
+    )
+    assert (float(first["taught"]), float(second["taught"])) == (0, 1)
+    assert second["teacher"] == {"params": 1}
 
 
 def test_the_slim_network_is_measured(generations):
@@ -306,8 +325,8 @@ def test_published_settings():
         ("lottery_tickets", "exempt=(,", "exempt"),
         ("lottery_tickets", "only=imp_4,", "Did you mean 'imp_5'"),
         ("knowledge_evolution", "arms.kels.split_rate=1.0", "arms.kels.split_rate must lie in (0, 1), got 1.0"),
-        ("knowledge_evolution", "arms.kels.split=kel", "Did you mean 'kels'?"),
-        ("knowledge_evolution", "arms.long.generations=2", "inherit nothing where split is 'none'"),
+        ("knowledge_evolution", "arms.kels.kind=kel", "Did you mean 'kels'?"),
+        ("knowledge_evolution", "arms.long.generations=2", "inherit nothing where kind is 'plain'"),
         ("knowledge_evolution", "network.model=shufflenet_v1", "KELS"),
         ("learnable_levels", "arms.direct_2.bits=0", "arms.direct_2.bits must be an integer in 1..8, got 0"),
         ("learnable_levels", "arms.direct_2.bits=9", "arms.direct_2.bits must be an integer in 1..8, got 9"),
