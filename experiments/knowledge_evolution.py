@@ -18,21 +18,15 @@ from ml_collections import ConfigDict
 
 from experiments import classification as cls
 from experiments import networks as nets
-from experiments.networks import Setup
+from experiments.networks import Setup, predictor
 from experiments.optimizers import make_optimizer
 from experiments.studies import HARD_RATES, Claim, Study
 from jkd import distill, nn, prune, train
 from jkd.errors import UserError, unknown
 
+__all__ = ["BASELINE", "STUDIES", "predictor", "stages"]
 BASELINE = "long"
 RESETS = {"uniform": prune.reset_init, "normal": prune.first_init}
-
-
-def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
-    """How the (dense) network that a stage publishes classifies images."""
-    del stage
-    setup = Setup.of(config)
-    return cls.classifier(setup.model, setup.task, setup.views["weak"])
 
 
 def check(config: ConfigDict) -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from experiments import classification as cls
 from experiments import networks as nets
-from experiments.networks import Setup
+from experiments.networks import Setup, predictor
 from experiments.optimizers import make_optimizer
 from experiments.stored import Stored, check_seeds, stored_stage
 from experiments.studies import Claim, Study
@@ -27,19 +27,13 @@ from jkd import prune, train
 from jkd.errors import UserError, unknown
 from jkd.train.warm import parse_rules
 
+__all__ = ["BASELINE", "STUDIES", "predictor", "stages"]
 BASELINE = "dense"
 FIRST = "whole"  # the stage that trains the whole network
 SOURCE = "source"  # the stage that holds another run's ticket
 STARTS = ("late", "init", "fresh", SOURCE)
 MASKS = ("magnitude", "shuffled", "random", SOURCE)
 SCOPES: dict[str, Callable] = {"global": prune.global_magnitude_mask, "layerwise": prune.layerwise_magnitude_mask}
-
-
-def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
-    """How the network that a stage publishes classifies images."""
-    del stage
-    setup = Setup.of(config)
-    return cls.classifier(setup.model, setup.task, setup.views["weak"])
 
 
 def check(config: ConfigDict) -> None:

@@ -95,6 +95,13 @@ class Setup:
         return cls.accuracy_evaluators(self.config, self.task, model, self.views["weak"], self.steps(1)[1])
 
 
+def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
+    """How the network that a stage publishes classifies images."""
+    del stage
+    setup = Setup.of(config)
+    return cls.classifier(setup.model, setup.task, setup.views["weak"])
+
+
 def cross_entropy_step(model: Any, views: cls.Views, optimizer: Any, smoothing: float = 0.0) -> train.ModelStep:
     """`Stage.step` of a network trained by cross-entropy on (smoothed) labels."""
 
