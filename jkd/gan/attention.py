@@ -1,5 +1,7 @@
 """Attention over the positions of feature maps [batch, height, width, channels], for generators and discriminators."""
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,6 +14,7 @@ from jkd.nn.layers import at_least_float32, conv, uniform_fan_in
 
 SOURCES = ("primary", "reference")
 Maps = Float[Array, "batch height width channels"]
+_Layer: TypeAlias = "SelfAttention2D | ReferenceAttention | PatchwiseSelfAttention"
 
 
 def dot_attention(
@@ -33,13 +36,13 @@ def dot_attention(
     return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores).astype(value.dtype), value)
 
 
-def _project(features: int, dtype: DTypeLike, param_dtype: DTypeLike, name: str, use_bias: bool = False) -> nn.Dense:
-    """A 1x1 convolution."""
+def _project(layer: "_Layer", features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
+    """A 1x1 convolution of `layer` (call in a compact method)."""
     return nn.Dense(
         features,
         use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
         promote_dtype=mixed.promote,
         dot_general=mixed.dot_general,
         name=name,
@@ -61,15 +64,14 @@ def _check_positive(**sizes: int) -> None:
 
 def _attend(layer: "SelfAttention2D | ReferenceAttention", query: Maps, key: Maps, value: Maps, residual: Maps) -> Maps:
     """The block of one compact method: projections, attention over all positions, and the gated residual."""
-    types = {"dtype": layer.dtype, "param_dtype": layer.param_dtype}
     _check_positive(features=layer.features, qk_dim=layer.qk_dim)
 
     def rows(x: Maps, features: int, name: str) -> Array:
-        return _project(features, **types, name=name)(x).reshape(x.shape[0], -1, features)
+        return _project(layer, features, name)(x).reshape(x.shape[0], -1, features)
 
     queries, keys = rows(query, layer.qk_dim, "query"), rows(key, layer.qk_dim, "key")
     out = dot_attention(queries, keys, rows(value, layer.features, "value"), scale=layer.scale)
-    out = _project(residual.shape[-1], **types, name="out")(out).reshape(residual.shape)
+    out = _project(layer, residual.shape[-1], "out")(out).reshape(residual.shape)
     gamma = layer.param("gamma", nn.initializers.zeros, (), layer.param_dtype)
     return residual.astype(layer.dtype) + gamma.astype(layer.dtype) * out.astype(layer.dtype)
 
@@ -199,8 +201,7 @@ class PatchwiseSelfAttention(nn.Module):
                 f"kernel_size must be odd and share_planes must divide the {channels} channels, got "
                 f"{self.kernel_size} and {self.share_planes}."
             )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        values = _neighborhoods(_project(channels, **types, name="value")(x), self.kernel_size)
+        values = _neighborhoods(_project(self, channels, "value")(x), self.kernel_size)
         grouped = values.reshape(*values.shape[:-1], -1, self.share_planes)
         weights = self._weights(x, channels // self.share_planes).astype(grouped.dtype)
         out = jnp.einsum("bhwpg,bhwpgs->bhwgs", weights, grouped).reshape(*where, channels)
@@ -212,11 +213,17 @@ class PatchwiseSelfAttention(nn.Module):
         qk_dim = max(channels // 8, 1) if self.qk_dim is None else self.qk_dim
         hidden = groups if self.hidden is None else self.hidden
         _check_positive(qk_dim=qk_dim, hidden=hidden)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        query, key = _project(qk_dim, **types, name="query")(x), _project(qk_dim, **types, name="key")(x)
-        of_keys = conv(hidden, self.kernel_size, kernel_init=uniform_fan_in, **types, name="mlp_keys")(key)
-        units = nn.relu(_project(hidden, **types, name="mlp_query", use_bias=True)(query) + of_keys)
-        scores = _project(self.kernel_size**2 * groups, **types, name="mlp_out", use_bias=True)(units)
+        query, key = _project(self, qk_dim, "query")(x), _project(self, qk_dim, "key")(x)
+        of_keys = conv(
+            hidden,
+            self.kernel_size,
+            kernel_init=uniform_fan_in,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="mlp_keys",
+        )(key)
+        units = nn.relu(_project(self, hidden, "mlp_query", use_bias=True)(query) + of_keys)
+        scores = _project(self, self.kernel_size**2 * groups, "mlp_out", use_bias=True)(units.astype(self.dtype))
         scores = scores.reshape(batch, height, width, -1, groups).astype(at_least_float32(self.dtype))
         inside = _neighborhoods(jnp.ones((1, height, width, 1), bool), self.kernel_size)
         return jax.nn.softmax(scores, axis=3, where=jnp.broadcast_to(inside, scores.shape))
