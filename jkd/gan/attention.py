@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jkd.errors import UserError, unknown
 from jkd.nn import mixed
@@ -152,7 +152,7 @@ class ReferenceAttention(nn.Module):
         return _attend(self, maps[self.query_from], maps[self.key_from], maps[self.value_from], x_primary)
 
 
-def _neighborhoods(x: Float[Array, "batch height width channels"], size: int) -> Array:
+def _neighborhoods(x: Shaped[Array, "batch height width channels"], size: int) -> Array:
     """[batch, height, width, size * size, channels]: what lies around each position, row by row, 0 outside the map."""
     _, height, width, _ = x.shape
     half = size // 2

@@ -87,6 +87,9 @@ def discriminator_contrastive_loss(
     fake, source = _vectors("d_fake", d_fake), _vectors("d_source", d_source)
     same_shape(d_fake=fake, d_source=source)
     shots = _vectors("d_real", d_real)
+    if jnp.shape(d_real)[1:] != jnp.shape(d_fake)[1:]:
+        wanted, got = list(jnp.shape(d_fake)[1:]), list(jnp.shape(d_real)[1:])
+        raise UserError(f"d_real must have features of the shape {wanted}, as d_fake, got {got}.")
     positive = cosine_similarity(fake, source) / tau
     negatives = pairwise_cosine(fake, shots) / tau
     return reduce(softplus(logsumexp(negatives, axis=1) - positive), reduction)
