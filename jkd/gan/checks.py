@@ -31,7 +31,19 @@ def logit_vector(name: str, logits: ArrayLike) -> Float[Array, "count"]:
     return array
 
 
-def same_shape(**arrays: Array) -> None:
+def some_batch(name: str, values: ArrayLike) -> Float[Array, "batch *example"]:
+    """`values` as an array of at least float32 whose examples have a shape, not empty.
+
+    Raises:
+      UserError: if they are not floating point, have fewer than two axes, or there are none.
+    """
+    array = as_float(name, values)
+    if array.ndim < 2 or array.size == 0:
+        raise UserError(f"{name} must have the shape [batch, ...] and not be empty, got {list(array.shape)}.")
+    return array
+
+
+def check_same_shape(**arrays: Array) -> None:
     """Stops arrays of different shapes.
 
     Raises:

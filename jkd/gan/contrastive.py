@@ -6,17 +6,15 @@ import optax
 from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Float
 
-from jkd.checks import Scalar, Tensor, as_float, check_positive
+from jkd.checks import Scalar, Tensor, check_positive
 from jkd.errors import UserError
-from jkd.gan.checks import same_shape
+from jkd.gan.checks import check_same_shape, some_batch
 from jkd.reduction import reduce
 from jkd.similarity import cosine_similarity, pairwise_cosine
 
 
 def _vectors(name: str, features: Float[Tensor, "batch *feature"]) -> Float[Array, "batch length"]:
-    array = as_float(name, features)
-    if array.ndim < 2 or array.size == 0:
-        raise UserError(f"{name} must have the shape [batch, ...] and not be empty, got {list(array.shape)}.")
+    array = some_batch(name, features)
     return array.reshape(len(array), -1)
 
 
@@ -47,7 +45,7 @@ def generator_contrastive_loss(
     """
     check_positive("tau", tau)
     target, source = _vectors("feat_t", feat_t), jax.lax.stop_gradient(_vectors("feat_s", feat_s))
-    same_shape(feat_t=target, feat_s=source)
+    check_same_shape(feat_t=target, feat_s=source)
     if len(target) < 2:
         raise UserError(f"feat_t must hold at least 2 examples, got {len(target)}: one has nothing to differ from.")
     logits = pairwise_cosine(target, source) / tau
@@ -85,7 +83,7 @@ def discriminator_contrastive_loss(
     """
     check_positive("tau", tau)
     fake, source = _vectors("d_fake", d_fake), _vectors("d_source", d_source)
-    same_shape(d_fake=fake, d_source=source)
+    check_same_shape(d_fake=fake, d_source=source)
     shots = _vectors("d_real", d_real)
     if jnp.shape(d_real)[1:] != jnp.shape(d_fake)[1:]:
         wanted, got = list(jnp.shape(d_fake)[1:]), list(jnp.shape(d_real)[1:])

@@ -11,14 +11,14 @@ from jax.nn import logsumexp, softplus
 from jaxtyping import Array, Float
 
 from jkd.checks import Tensor
-from jkd.gan.checks import logit_vector, same_shape, some_logits
+from jkd.gan.checks import check_same_shape, logit_vector, some_logits
 from jkd.reduction import reduce
 
 
 def _sum_of_parts(real: Float[Array, "*real"], fake: Float[Array, "*fake"], reduction: str) -> Array:
     """The reductions of the two parts, added; unreduced they must have one shape."""
     if reduction == "none":
-        same_shape(real_logits=real, fake_logits=fake)
+        check_same_shape(real_logits=real, fake_logits=fake)
     return reduce(real, reduction) + reduce(fake, reduction)
 
 
@@ -182,7 +182,7 @@ def relativistic_logistic_d_loss(
     Reference: Jolicoeur-Martineau, The Relativistic Discriminator, ICLR 2019 (the paired form).
     """
     real, fake = some_logits("real_logits", real_logits), some_logits("fake_logits", fake_logits)
-    same_shape(real_logits=real, fake_logits=fake)
+    check_same_shape(real_logits=real, fake_logits=fake)
     return reduce(softplus(fake - real), reduction)
 
 
@@ -194,7 +194,7 @@ def relativistic_logistic_g_loss(
     Arguments, errors and reference are those of `relativistic_logistic_d_loss`, whose roles it swaps.
     """
     real, fake = some_logits("real_logits", real_logits), some_logits("fake_logits", fake_logits)
-    same_shape(real_logits=real, fake_logits=fake)
+    check_same_shape(real_logits=real, fake_logits=fake)
     return reduce(softplus(real - fake), reduction)
 
 

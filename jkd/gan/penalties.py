@@ -13,18 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jkd.checks import Scalar, Tensor, as_float, check_share
-from jkd.errors import UserError
-from jkd.gan.checks import same_shape
+from jkd.gan.checks import check_same_shape, some_batch
 from jkd.reduction import reduce
 
 Network = Callable[[Array], Array]
-
-
-def _image_batch(name: str, images: Float[Tensor, "batch *image"]) -> Float[Array, "batch *image"]:
-    array = as_float(name, images)
-    if array.ndim < 2 or array.size == 0:
-        raise UserError(f"{name} must have the shape [batch, ...] and not be empty, got {list(array.shape)}.")
-    return array
 
 
 def _squared_slopes(d_fn: Network, images: Float[Array, "batch *image"]) -> Float[Array, "batch"]:
@@ -56,7 +48,8 @@ def r1_penalty(
 
     Its usual weight is gamma / 2, times k where it is added in every k-th step only. The gradient of the sum of all
     logits is taken: an image's own where logits do not depend on other images; what statistics over the batch pass
-    from image to image is counted too. In float32 at least; finite gradients where D is flat.
+    from image to image is counted too. Where D takes a reference image as well, close over it. In float32 at least;
+    finite gradients where D is flat.
 
     Args:
       d_fn: images -> logits, of any shape that begins with the batch (of patches: their sum).
@@ -68,7 +61,7 @@ def r1_penalty(
 
     Reference: Mescheder, Geiger and Nowozin, Which Training Methods for GANs do actually Converge?, ICML 2018.
     """
-    return reduce(_squared_slopes(d_fn, _image_batch("images", images)), reduction)
+    return reduce(_squared_slopes(d_fn, some_batch("images", images)), reduction)
 
 
 def zero_centered_gradient_penalty(
@@ -122,8 +115,8 @@ def one_centered_gradient_penalty(
 def _slopes_between(
     d_fn: Network, real: Float[Tensor, "..."], fake: Float[Tensor, "..."], key: Key[Array, ""]
 ) -> Float[Array, "batch"]:
-    real, fake = _image_batch("real_images", real), _image_batch("fake_images", fake)
-    same_shape(real_images=real, fake_images=fake)
+    real, fake = some_batch("real_images", real), some_batch("fake_images", fake)
+    check_same_shape(real_images=real, fake_images=fake)
     return _squared_slopes(d_fn, _between(real, fake, key))
 
 
@@ -163,7 +156,7 @@ def path_length_penalty(
     Reference: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, equation 4.
     """
     check_share("decay", decay)
-    latents = _image_batch("latents", latents)
+    latents = some_batch("latents", latents)
     images, pull_back = jax.vjp(lambda w: as_float("g_fn(latents)", g_fn(w)), latents)
     y = jax.random.normal(key, images.shape, images.dtype) / math.sqrt(math.prod(images.shape[1:-1]))
     squares = jnp.square(pull_back(y)[0]).sum(-1)

@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from jkd import gan
@@ -68,6 +70,14 @@ def test_flat_discriminators_have_finite_gradients():
     assert slopes(jnp.float32(1))["constant", "one"][0] == 1
 
 
+@given(scale=st.floats(0.125, 64, width=32))
+def test_steeper_discriminators(scale):
+    found, unit = slopes(jnp.float32(scale)), slopes(jnp.float32(1))
+    for name in (("quadratic", "r1"), ("quadratic", "zero"), ("linear", "zero")):
+        np.testing.assert_allclose(found[name][0], scale**2 * unit[name][0], rtol=1e-5)
+    np.testing.assert_allclose(found["linear", "one"][0], (2 * scale - 1) ** 2, rtol=1e-4, atol=1e-6)
+
+
 def test_points_lie_between_the_two_images():
     one = np.ones((64, 2), np.float32)
     slope = gan.zero_centered_gradient_penalty(lambda x: quadratic(1, x), 0 * one, one, KEY, reduction="none")
@@ -98,6 +108,12 @@ def test_gradients():
             return gan.r1_penalty(d_fn, real) + between
 
         check_grads(jax.jit(penalties), weights, order=1, modes=["rev"])
+
+
+def test_devices_agree(over_devices):
+    images = np.random.default_rng(0).normal(size=(8, 2, 2, 1)).astype(np.float32)
+    step = jax.jit(jax.value_and_grad(lambda s, x: gan.r1_penalty(lambda x: quadratic(s, x), x)))
+    np.testing.assert_allclose(step(2.0, *over_devices(images)), step(2.0, images), rtol=1e-5)
 
 
 def test_bfloat16_and_nan():
