@@ -32,7 +32,7 @@ def test_thresholds_by_hand():
     assert detection_threshold(128, 1e-3, users=1_000_000) == 98
 
 
-@pytest.mark.parametrize("bits", [1, 7, 128, 1500])
+@pytest.mark.parametrize("bits", [1, 7, 128, 900])
 def test_tails_agree_with_scipy(bits):
     k = np.arange(bits + 1)
     with jax.enable_x64(True):
