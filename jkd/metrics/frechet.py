@@ -130,8 +130,8 @@ def frechet_distance(
     where both have the same directions without variance, and up to sqrt(eps) in place of eps where not: take
     float64 for the last digits. NaN and inf give NaN.
 
-    Gradients pass through all four. Directions that one of the two lacks, where the distance has no derivative with
-    respect to the covariances, contribute 0 to theirs. First derivatives only.
+    Gradients pass through all four. Where one of the two has no variance in a direction, the last trace has no
+    derivative: it counts as constant there, and no gradient is infinite. First derivatives only.
 
     This is not FID, which is the name for the features of one Inception network after one way of resizing: say
     which features, and how many samples, as the distance falls as the samples grow in number.

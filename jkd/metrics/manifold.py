@@ -61,13 +61,14 @@ def _balls_that_hold(points: Array, centers: Array, squared_radii: Array, max_pa
     return jax.lax.map(row, (centers, squared_radii), batch_size=rows_at_once(max_pairs, len(centers), len(points)))
 
 
-def _features(real: Tensor, generated: Tensor, k: int, smaller: int | None = None) -> tuple[Array, Array, Array]:
+def _features(real: Tensor, generated: Tensor, k: int, *, balls_of_both: bool) -> tuple[Array, Array, Array]:
     """Both sets, centered, and whether all is finite."""
     first, second = feature_pair(("real", "generated"), real, generated)
-    samples = len(first) if smaller is None else smaller
+    samples = min(len(first), len(second)) if balls_of_both else len(first)
     if not 1 <= k < samples:
         raise UserError(f"k must lie in [1, samples - 1], got {k} for {samples} samples.")
-    center = first.mean(axis=0, keepdims=True)
+    # A median is one of the values: unlike the mean it leaves integers what they are, and so ties exact.
+    center = jnp.sort(first, axis=0)[len(first) // 2][None]
     # A comparison with NaN is False, which would look like a sample outside.
     known = jnp.isfinite(first).all() & jnp.isfinite(second).all()
     return first - center, second - center, known
@@ -97,8 +98,7 @@ def manifold_precision_recall(
     Reference: Kynkaanniemi, Karras, Laine, Lehtinen and Aila, Improved Precision and Recall Metric for Assessing
       Generative Models, NeurIPS 2019.
     """
-    smaller = min(len(real), len(generated)) if jnp.ndim(real) and jnp.ndim(generated) else None
-    r, g, known = _features(real, generated, k, smaller)
+    r, g, known = _features(real, generated, k, balls_of_both=True)
     shares = (
         (_balls_around(points, centers, _squared_radii(centers, k, max_pairs), max_pairs) > 0).mean(dtype=r.dtype)
         for points, centers in ((g, r), (r, g))
@@ -129,7 +129,7 @@ def density_coverage(
 
     Reference: Naeem, Oh, Uh, Choi and Yoo, Reliable Fidelity and Diversity Metrics for Generative Models, ICML 2020.
     """
-    r, g, known = _features(real, generated, k)
+    r, g, known = _features(real, generated, k, balls_of_both=False)
     radii = _squared_radii(r, k, max_pairs)
     density = _balls_around(g, r, radii, max_pairs).mean(dtype=r.dtype) / k
     coverage = _balls_that_hold(g, r, radii, max_pairs).mean(dtype=r.dtype)

@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 from jkd.errors import UserError
 from jkd.metrics import density_coverage, manifold_precision_recall
 
-# Halves of small integers around a center that is no fraction: every distance, and so every tie, is exact.
+# Small integers: every distance, and so every tie, is exact.
 REAL = arrays(np.float32, (8, 2), elements=st.integers(-4, 4).map(float))
 GENERATED = arrays(np.float32, (6, 2), elements=st.integers(-4, 4).map(float))
 SETS = np.random.default_rng(0).normal(size=(2, 16, 3)).astype(np.float32)
@@ -41,12 +41,12 @@ def test_by_hand():
     # 4 lies within 2 of 3. 3 lies within 1.5 of 4, 1 and 0 within nothing.
     assert shares(real, generated, k=1) == pytest.approx((1 / 3, 1 / 3))
     assert densities(real, generated, k=1) == pytest.approx((1 / 3, 1 / 3))
-    # k = 2: radii 3, 2, 3: 4 lies in the ball of 3 alone, one of 3 x 2.
-    assert densities(real, generated, k=2) == pytest.approx((1 / 6, 1 / 3))
+    # k = 2: radii 3, 2, 3: 4 and 5.5 lie in the ball of 3 alone, two of 3 x 2.
+    assert densities(real, generated, k=2) == pytest.approx((2 / 6, 1 / 3))
 
 
 def test_the_boundary_lies_inside():
-    # Mean 0: radii 2 and 2; a sample at exactly 2 from 1.
+    # Radii 2 and 2; a sample at exactly 2 from 1.
     real = np.array([[-1.0], [1]])
     assert densities(real, np.array([[3.0]]), k=1) == (1, 0.5)
     assert densities(real, np.array([[3.01]]), k=1) == (0, 0)
@@ -56,8 +56,9 @@ def test_the_boundary_lies_inside():
     assert densities(copies, np.array([[0.0, 0], [0, 1e-3]]), k=2) == (0.75, 1)
 
 
-@given(real=REAL, generated=GENERATED, k=st.integers(1, 5), max_pairs=st.sampled_from([1, 2**20]))
-def test_agrees_with_double_loops(real, generated, k, max_pairs):
+@given(real=REAL, generated=GENERATED, static=st.sampled_from([(1, 20), (4, 2**20)]))
+def test_agrees_with_double_loops(real, generated, static):
+    k, max_pairs = static
     first, second = expected(real, generated, k)
     assert shares(real, generated, k=k, max_pairs=max_pairs) == pytest.approx(first)
     assert densities(real, generated, k=k, max_pairs=max_pairs) == pytest.approx(second)
@@ -69,8 +70,7 @@ def test_agrees_with_scikit_learn():
     held = np.sqrt(squares(generated, real)) <= radii[None]
     assert densities(real, generated, k=3) == pytest.approx((held.sum() / 48, held.any(0).mean()))
     assert shares(real, generated, k=3).precision == pytest.approx(held.any(1).mean())
-    for max_pairs in (1, 50, 100):
-        assert densities(real, generated, k=3, max_pairs=max_pairs) == densities(real, generated, k=3)
+    assert densities(real, generated, k=3, max_pairs=1) == densities(real, generated, k=3)
 
 
 def test_what_moves_nothing():
