@@ -1,4 +1,4 @@
-"""Measures: of classifiers, and of whether a difference is one."""
+"""Measures: of classifiers, of generators, and of whether a difference is one."""
 
 from jkd.metrics.agreement import (
     AgreementCounts,
@@ -19,12 +19,23 @@ from jkd.metrics.attention import (
     binarize_attention,
     class_sum_attention,
 )
+from jkd.metrics.binomial import bit_accuracy, detection_threshold, match_log_pvalue, matching_bits
 from jkd.metrics.calibration import CalibrationBins, calibration_bins, ece, ece_unweighted, expected_calibration_error
 from jkd.metrics.classification import (
     PerClassCounts,
     per_class_counts,
     topk_correct,
 )
+from jkd.metrics.distances import euclidean_distances
+from jkd.metrics.diversity import (
+    IntraClusterDistance,
+    intra_cluster_distance,
+    intra_cluster_distance_of_matrices,
+    nearest_reference,
+)
+from jkd.metrics.frechet import MomentSums, frechet_distance, moment_sums, moments
+from jkd.metrics.kid import SubsetKid, kid, kid_over_subsets
+from jkd.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, manifold_precision_recall
 from jkd.metrics.statistics import (
     Interval,
     PairedDifference,
@@ -38,23 +49,43 @@ __all__ = [
     "AgreementCounts",
     "AttentionCounts",
     "CalibrationBins",
+    "DensityCoverage",
     "Interval",
+    "IntraClusterDistance",
+    "MomentSums",
     "PairedDifference",
     "PerClassCounts",
+    "PrecisionRecall",
+    "SubsetKid",
     "agreement_counts",
     "attention_counts",
     "attention_iou",
     "binarize_attention",
+    "bit_accuracy",
     "calibration_bins",
     "class_sum_attention",
+    "density_coverage",
+    "detection_threshold",
     "ece",
     "ece_unweighted",
     "entropy",
+    "euclidean_distances",
     "expected_calibration_error",
+    "frechet_distance",
     "holm",
+    "intra_cluster_distance",
+    "intra_cluster_distance_of_matrices",
     "joint_histogram",
+    "kid",
+    "kid_over_subsets",
+    "manifold_precision_recall",
+    "match_log_pvalue",
+    "matching_bits",
     "mean_interval",
+    "moment_sums",
+    "moments",
     "mutual_information",
+    "nearest_reference",
     "normalized_mutual_information",
     "paired_difference",
     "per_class_counts",
