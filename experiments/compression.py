@@ -1,6 +1,7 @@
 """Networks whose weights are masked, or levels and choices: how they are applied, trained and measured."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,16 +66,7 @@ def make_groups(
         "frozen": optax.set_to_zero(),
     }
 
-    def label(path: Any, frozen: bool) -> str:
-        name = path_name(path)
-        if frozen:
-            return "frozen"
-        return "choices" if quantize.is_choice(name) else "levels" if quantize.is_level(name) else "weights"
-
-    def labels(params: Any) -> Any:
-        frozen = quantize.frozen(params, learn_levels=arm.get("learn_levels", True))
-        return jax.tree_util.tree_map_with_path(label, frozen)
-
+    labels = functools.partial(quantize.labels, learn_levels=arm.get("learn_levels", True))
     return optax.partition(groups, labels)
 
 

@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_trains():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_train():
+    code, smaller = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     first = names["loss_fn"](
@@ -20,6 +20,11 @@ def test_the_example_trains():
     )
     assert float(names["metrics"]["loss"]) < float(first)
     assert np.isfinite(float(names["metrics"]["grad_norm"]))
+    exec(compile(smaller, "README.md", "exec"), names)
+    assert float(names["metrics"]["loss"]) < float(first)
+    kernel = np.asarray(names["materialize"](names["state"].params)["hidden1"]["kernel"])
+    assert len(np.unique(kernel[kernel != 0])) <= 4
+    assert (kernel == 0).mean() > 0.8
 
 
 def test_links_and_commands_exist():

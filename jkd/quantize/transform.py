@@ -181,6 +181,26 @@ def frozen(params: Any, *, learn_levels: bool = True) -> Any:
     return _map_nodes(mark, none)
 
 
+def labels(params: Any, *, learn_levels: bool = True) -> Any:
+    """What each leaf of low-bit parameters is to an optimizer: "choices", "levels", "frozen" or "weights".
+
+    Choices take a large learning rate of their own; neither they nor levels take weight decay; `frozen` leaves stay.
+
+        optax.partition({"choices": ..., "levels": ..., "weights": ..., "frozen": optax.set_to_zero()}, labels)
+
+    Args:
+      params: of `quantize_params`, or any others.
+      learn_levels: as given to `direct`.
+    """
+
+    def label(path: str, stays: bool) -> str:
+        if stays:
+            return "frozen"
+        return "choices" if is_choice(path) else "levels" if is_level(path) else "weights"
+
+    return _map_leaves(label, frozen(params, learn_levels=learn_levels))
+
+
 def choices(params: Any) -> dict[str, jax.Array]:
     """The number of each weight's level, of every quantized kernel by path: uint8.
 

@@ -9,10 +9,21 @@ import pytest
 from helpers_experiments import QUIET, published
 from safetensors.numpy import load_file
 
-from experiments import cli, evaluate, export, knowledge_evolution, learnable_levels, lottery_tickets, networks, predict
+from experiments import (
+    cli,
+    evaluate,
+    export,
+    knowledge_evolution,
+    learnable_levels,
+    lottery_tickets,
+    networks,
+    predict,
+    quantized_distillation,
+)
 from experiments import train as command
 from experiments.distillation_settings import PAIRS
 from experiments.optimizers import schedule
+from experiments.studies import run_study
 from jkd import nn, prune, quantize, train
 from jkd.errors import UserError
 
@@ -343,3 +354,26 @@ def test_published_settings():
 def test_mistakes(method, change, says, refused):
     line = refused(command.main, "--config", f"configs/{method}.py:smoke", "--dry-run", f"--config.{change}")
     assert says in line
+
+
+class Made(dict):
+    """Three seeds of any metric."""
+
+    def __missing__(self, metric):
+        return np.random.default_rng(len(metric)).uniform(0.1, 0.9, 3).tolist()
+
+
+@pytest.mark.parametrize("method", [*METHODS, "quantized_distillation"])
+def test_studies_find_what_their_claims_are_about(method):
+    module = METHODS.get(method, quantized_distillation)
+    for study in module.STUDIES:
+        config = cli.load_config(study.config, {"data.blank": True})
+        names = [stage.name for stage in module.stages(config)]
+        assert set(study.arms) <= set(config.arms)
+
+        def run(cells, names=names):
+            return {cell: {"workdir": "w", "stages": {n: {"metrics": Made()} for n in names}} for cell in cells}
+
+        found = run_study(study, run, list(config.get("teachers", ())), list(study.arms or config.arms))
+        assert [claim["claim"] for claim in found["claims"]] == [claim.text for claim in study.claims]
+        assert set(found["rates"]) == (set(config.arms) if study.rates else set())

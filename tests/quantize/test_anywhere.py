@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from jkd import nn, quantize, train
-from jkd.trees import path_name
 
 RULES = [(r"^hidden1/", 0)]
 
@@ -30,12 +29,9 @@ def start():
 def trained(apply_fn, variables, on):
     """20 steps on choices, levels, norms and bases."""
 
-    def label(path, leaf):
-        return "choices" if quantize.is_choice(path_name(path)) else "others"
-
     # Adam makes large steps of gradients that are nothing but rounding: not here.
-    groups = {"choices": optax.adam(0.2, eps=1e-3), "others": optax.sgd(0.05, 0.9)}
-    tx = optax.partition(groups, lambda params: jax.tree_util.tree_map_with_path(label, params))
+    groups = {"choices": optax.adam(0.2, eps=1e-3), "levels": optax.sgd(0.05, 0.9), "weights": optax.sgd(0.05, 0.9)}
+    tx = optax.partition(groups, quantize.labels)
 
     def step(state, batch):
         params, opt_state, rest = state
