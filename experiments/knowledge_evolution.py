@@ -268,6 +268,6 @@ CLAIMS = (
     Claim("slim beats dense of generation 1", "58.2 and 57.0", SLIM, "kels_g1"),
 )
 STUDIES = (
-    Study("digits", "configs/knowledge_evolution.py", (0.03, 0.1, 0.3), 3, CLAIMS, derived=shrinking),
+    Study("digits", "configs/knowledge_evolution.py", (0.03, 0.1, 0.3), 8, CLAIMS, derived=shrinking),
     Study("hard", "configs/knowledge_evolution.py:hard", HARD_RATES, 2, CLAIMS, derived=shrinking),
 )
