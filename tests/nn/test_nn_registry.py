@@ -30,7 +30,7 @@ def test_arguments_reach_the_model():
 def test_faults_are_named():
     with pytest.raises(UserError, match=r"Unknown model 'resnet21'. Did you mean 'resnet2?.*Known: cnn, densenet121"):
         nn.build("resnet21", 10)
-    with pytest.raises(UserError, match=r"Unknown argument of mlp 'width'.*Known: dtype, hidden, param_dtype"):
+    with pytest.raises(UserError, match=r"Unknown argument of mlp 'width'.*Known: dtype, hidden, norm, param_dtype"):
         nn.build("mlp", 10, width=3)
     with pytest.raises(UserError, match="num_classes must be at least 2, got 1"):
         nn.build("resnet20", 1)
