@@ -102,6 +102,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.network.hidden, config.network.norm = (64, 64), True
     config.network.optimizer, config.network.weight_decay = "adam", 0.0
     config.network.smoothing = 0.0  # of the labels
+    config.network.init_from = ""  # WORKDIR:STAGE or a file of weights: the network in full precision
     config.exempt = ()  # regexes on paths of kernels that stay in full precision
     config.act_exempt = ("^hidden1/",)  # and of those whose inputs do
     config.calibration_examples = 1000  # at most, where activations are low-bit and nothing is trained

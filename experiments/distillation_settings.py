@@ -64,9 +64,17 @@ def arm(weights: Mapping[str, float], **changes: Any) -> ConfigDict:
     return config
 
 
+def warm_network(model: str, lr: float, epochs: float) -> ConfigDict:
+    """A network that may start from stored variables."""
+    config = network(model, lr, epochs)
+    # A warm start: WORKDIR:STAGE, .safetensors or .pth file; rules "regex -> replacement", "regex ->" drops.
+    config.init_from, config.init_rules = "", ()
+    return config
+
+
 def teacher(model: str, lr: float, epochs: float) -> ConfigDict:
     """The network of the teachers, and where its logits come from."""
-    config = network(model, lr, epochs)
+    config = warm_network(model, lr, epochs)
     config.smoothing, config.view = 0.0, "weak"  # of its labels; or strong: how its images are augmented
     config.replica = 0  # another number: another start and another order of the same rows
     config.source, config.bank = "live", 8  # or cached: logits of so many views of each image
@@ -79,7 +87,7 @@ def base(method: str) -> ConfigDict:
     config = settings.base(method)
     config.teacher = teacher("mlp", 0.05, 40.0)
     config.teachers = ConfigDict({"teacher": {}})  # stages by name, with what differs from `teacher`
-    config.student = network("mlp", 0.01, 40.0)
+    config.student = warm_network("mlp", 0.01, 40.0)
     config.student.hidden = (24, 24)
     config.student.exempt = ("^stem/", "^head/")  # regexes on paths of kernels that stay whole and in full precision
     return config

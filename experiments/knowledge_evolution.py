@@ -165,15 +165,14 @@ class BornAgain(Generations):
     @functools.cached_property
     def step(self) -> train.ModelStep:
         """Cross-entropy and, from the second generation on, KL(previous || own) at T = 1."""
-        plain, model = super().step, self.setup.model
+        setup = self.setup
 
-        def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
-            value, aux = plain.loss_fn(params, state, consts, batch, key, t)
-            own, _ = nn.apply_train(model.apply, params, state.model_state, batch["image"])
-            taught = model.apply(consts["teacher"], batch["image"], train=False).logits
-            return value + consts["taught"] * distill.kd_loss(own.logits, taught, 1.0), aux
+        def taught(logits: Any, consts: Any, batch: Any) -> Any:
+            teacher = setup.model.apply(consts["teacher"], batch["image"], train=False).logits
+            return consts["taught"] * distill.kd_loss(logits, teacher, 1.0)
 
-        return dataclasses.replace(plain, loss_fn=loss_fn)
+        smoothing = setup.config.network.smoothing
+        return nets.cross_entropy_step(setup.model, setup.views["weak"], self.optimizer, smoothing, taught)
 
     def consts(self, g: int, before: train.Outcome | None, key: jax.Array) -> dict[str, Any]:
         """The teacher, and its weight: 0 in the first generation, whose teacher is any network."""

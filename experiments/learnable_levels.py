@@ -24,12 +24,12 @@ from experiments.stored import Stored, check_seeds, one_of, stored_stage
 from experiments.studies import Claim, Study
 from jkd import quantize, train
 from jkd.errors import UserError, unknown
+from jkd.quantize.activations import MODES
+from jkd.quantize.direct import GRADIENTS
+from jkd.quantize.forms import FORMS
 
 BASELINE = "full"
 FIRST = "float"  # the stage that trains the network in full precision
-FORMS = ("", "onehot", "binary", "latent", "lq")
-GRADIENTS = ("softmax", "identity")
-MODES = ("uniform", "variance", "energy", "robust")
 
 
 def check(config: ConfigDict) -> None:
@@ -41,7 +41,7 @@ def check(config: ConfigDict) -> None:
         arm, field = config.arms[name], f"arms.{name}"
         rates = ("choice_scale", "level_scale", "tau")
         cls.check_numbers(arm, field, positive=rates, nonnegative=("epochs",))
-        for one, known in {"form": FORMS, "gradient": GRADIENTS, "act_mode": MODES}.items():
+        for one, known in {"form": ("", *FORMS), "gradient": GRADIENTS, "act_mode": MODES}.items():
             if arm[one] not in known:
                 raise unknown(f"{field}.{one}", arm[one], known)
         for one, least in (("bits", 1), ("act_bits", 0)):

@@ -8,7 +8,7 @@ fresh ones. A ticket of another run can be transferred: its mask alone, or with 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from experiments.stored import Stored, check_seeds, stored_stage
 from experiments.studies import Claim, Study
 from jkd import prune, train
 from jkd.errors import UserError, unknown
+from jkd.prune.tickets import SCOPES
 from jkd.train.warm import parse_rules
 
 __all__ = ["BASELINE", "STUDIES", "predictor", "stages"]
@@ -33,7 +34,6 @@ FIRST = "whole"  # the stage that trains the whole network
 SOURCE = "source"  # the stage that holds another run's ticket
 STARTS = ("late", "init", "fresh", SOURCE)
 MASKS = ("magnitude", "shuffled", "random", SOURCE)
-SCOPES: dict[str, Callable] = {"global": prune.global_magnitude_mask, "layerwise": prune.layerwise_magnitude_mask}
 
 
 def check(config: ConfigDict) -> None:

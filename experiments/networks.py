@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments import classification as cls
 from experiments.optimizers import check_optimizer
-from jkd import distill, metrics, nn, train
+from jkd import distill, metrics, nn, prune, train
 from jkd.errors import UserError, unknown
 
 
@@ -47,7 +47,7 @@ def check(config: ConfigDict) -> None:
 
 def is_kernel(path: str, exempt: Sequence[str] = ()) -> bool:
     """Whether a leaf is the kernel of a layer, and of none whose path one of the regexes finds."""
-    return path.split("/")[-1] == "kernel" and not any(re.search(pattern, path) for pattern in exempt)
+    return prune.is_kernel(path, None) and not any(re.search(pattern, path) for pattern in exempt)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,8 +102,14 @@ def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
     return cls.classifier(setup.model, setup.task, setup.views["weak"])
 
 
-def cross_entropy_step(model: Any, views: cls.Views, optimizer: Any, smoothing: float = 0.0) -> train.ModelStep:
-    """`Stage.step` of a network trained by cross-entropy on (smoothed) labels."""
+def cross_entropy_step(
+    model: Any,
+    views: cls.Views,
+    optimizer: Any,
+    smoothing: float = 0.0,
+    more: Callable[[Any, Any, Any], Any] = lambda logits, consts, batch: 0.0,
+) -> train.ModelStep:
+    """`Stage.step` of a network trained by cross-entropy on (smoothed) labels, and `more(logits, consts, batch)`."""
 
     def view(key: jax.Array, consts: Any, batch: Any) -> Any:
         return {**batch, "image": views.train(key, batch["image"])}
@@ -112,7 +118,7 @@ def cross_entropy_step(model: Any, views: cls.Views, optimizer: Any, smoothing: 
         out, model_state = nn.apply_train(model.apply, params, state.model_state, batch["image"])
         correct = metrics.topk_correct(out.logits, batch["label"]).mean()
         loss = distill.cross_entropy(out.logits, batch["label"], smoothing=smoothing)
-        return loss, train.Aux({"accuracy": correct}, model_state)
+        return loss + more(out.logits, consts, batch), train.Aux({"accuracy": correct}, model_state)
 
     return train.ModelStep(loss_fn, optimizer, view)
 

@@ -24,8 +24,15 @@ from jkd.train.log import console, jsonable
 from jkd.train.workdir import check_writable, folder_of, write_text
 
 METHODS = (
-    *("kd_fidelity", "label_smoothing_kd", "energy_kd", "cosine_kd", "r2kd"),
-    *("learnable_levels", "lottery_tickets", "knowledge_evolution", "quantized_distillation"),
+    "kd_fidelity",
+    "label_smoothing_kd",
+    "energy_kd",
+    "cosine_kd",
+    "r2kd",
+    "learnable_levels",
+    "lottery_tickets",
+    "knowledge_evolution",
+    "quantized_distillation",
 )
 OWN_FIELDS = ("seed", "only", "teacher.workdir")
 

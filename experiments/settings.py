@@ -53,8 +53,6 @@ def network(model: str, lr: float, epochs: float) -> ConfigDict:
     config.warmup_epochs = 0.0  # in which the rate rises linearly
     config.optimizer = "sgd"  # or adam: no momentum, and weight decay that is not scaled by its steps
     config.momentum, config.weight_decay = 0.9, 5e-4
-    # A warm start: WORKDIR:STAGE, .safetensors or .pth file; rules "regex -> replacement", "regex ->" drops.
-    config.init_from, config.init_rules = "", ()
     return config
 
 
