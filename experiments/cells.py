@@ -81,9 +81,10 @@ def cell_config(config: ConfigDict) -> ConfigDict:
     config.method = cli.experiment(config).stages.__module__.rpartition(".")[2]
     arms = [config.arms[name] for name in config.only if name in config.arms]
     used = {name for arm in arms for name in (*arm.get("teachers", ()), arm.get("start", ""))}
-    for section, names in (("arms", config.only), ("teachers", {*config.only, *used})):
+    for section in ("arms", "teachers"):
         if section in config:
-            config[section] = ConfigDict({name: one for name, one in config[section].items() if name in names})
+            kept = {name: one for name, one in config[section].items() if name in {*config.only, *used}}
+            config[section] = ConfigDict(kept)
     return config
 
 

@@ -330,7 +330,7 @@ def accuracy_evaluators(config: ConfigDict, task: Task, model: Any, views: Views
 
     def evaluator(name: str) -> train.Evaluator:
         source = functools.partial(task.part, name=name, batch_size=config.eval_batch_size)
-        every = round(config.eval_epochs * steps_per_epoch)
+        every = round(config.get("eval_epochs", 0.0) * steps_per_epoch)
         return train.Evaluator(source, collect, finish, every=every)
 
     return {name: evaluator(name) for name in ("validation", "test") if name in task.sizes}

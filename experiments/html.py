@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments import report
-from experiments.studies import HOLDS, REVERSED, TEST
+from experiments.studies import HOLDS, REVERSED, measure_of
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -28,8 +28,9 @@ def page(results: Mapping[str, Any]) -> str:
     intro = (
         "Every arm has its own learning rate, tuned on validation rows of seeds that the final runs do not use; "
         "differences are paired by seed (one split, one teacher and one initialization a seed), in percentage points "
-        "of test accuracy. A claim holds where the whole interval is on its side; p is that of the paired t-test, and "
-        "'before correction' says that the claim does not hold at 5 % after Holm's correction for all claims of its "
+        "of test accuracy where nothing else is said. A claim holds where the whole interval is on its side; p is "
+        "that of the paired t-test, and 'before correction' says that the claim does not hold at 5 % after Holm's "
+        "correction for all claims of its "
         "study. Intervals are over seeds, which share one pool of training rows and one set of test rows: they say "
         "nothing about other data."
     )
@@ -47,15 +48,18 @@ def _study(name: str, study: Mapping[str, Any]) -> str:
     head = f"<h3>{_text(name)} <small>({_text(study['config'])})</small></h3>"
     if "not_run" in study:
         return f"{head}<p class='open'>Not run: {_text(study['not_run'])}</p>"
-    rows = report.summarize(study["stages"], baseline=study.get("baseline", ""))[TEST]
-    if not study["rates"]:
-        head += "<p>Nothing was tuned: every arm has the learning rate of the config.</p>"
-    image = base64.b64encode(report.plot(rows, TEST, name)).decode()
+    measure = measure_of(study)
+    rows = report.summarize(study["stages"], study.get("baseline", ""), measure)[measure.metric]
+    if not study["tuning"]:
+        whose = "of the study" if study["rates"] else "of the config"
+        head += f"<p>Nothing was tuned: every arm has the learning rate {whose}.</p>"
+    image = base64.b64encode(report.plot(rows, measure.title, name)).decode()
     claims = "".join(_claim(claim) for claim in study["claims"])
     headings = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    alt = f"{_text(measure.title)} of every arm"
     return (
         f"{head}<table><caption>Claims</caption><tr>{headings}</tr>{claims}</table>"
-        f"{_arms(study, rows)}<img alt='test accuracy of every arm' src='data:image/png;base64,{image}'>"
+        f"{_arms(study, rows, measure.title)}<img alt='{alt}' src='data:image/png;base64,{image}'>"
     )
 
 
@@ -72,7 +76,7 @@ def _numbers(claim: Mapping[str, Any]) -> tuple[str, ...]:
     return f"{claim['effect']:+.2f}", f"[{low:+.2f}, {high:+.2f}]", *p, str(claim["seeds"])
 
 
-def _arms(study: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+def _arms(study: Mapping[str, Any], rows: Mapping[str, Any], title: str) -> str:
     lines = []
     for name, row in rows.items():
         rate, tried = study["rates"].get(name, ""), [float(r) for r in study["tuning"].get(name, {})]
@@ -83,7 +87,7 @@ def _arms(study: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         lines.append(f"<tr><td>{_text(name)}</td>" + "".join(f"<td class='n'>{_text(c)}</td>" for c in cells) + "</tr>")
     names = ("arm", "tuned rate", "last epoch", "95 % interval", "best epoch", "seeds")
     head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
-    return f"<table><caption>Test accuracy, %</caption>{head}{''.join(lines)}</table>"
+    return f"<table><caption>{_text(title)}</caption>{head}{''.join(lines)}</table>"
 
 
 def print_claims(results: Mapping[str, Any]) -> None:
@@ -94,7 +98,7 @@ def print_claims(results: Mapping[str, Any]) -> None:
             if "not_run" in study:
                 console.print(f"{method}/{name}: not run: {study['not_run']}", soft_wrap=True, markup=False)
                 continue
-            table = Table(title=f"{method}/{name}: claims (percentage points, paired by seed)")
+            table = Table(title=f"{method}/{name}: claims ({measure_of(study).title}; paired by seed)")
             for column in ("claim", "effect", "95 % interval", "p", "p (Holm)", "seeds", "verdict"):
                 table.add_column(column)
             for claim in study["claims"]:

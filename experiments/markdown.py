@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.studies import TEST
+from experiments.studies import measure_of
 
 COLUMNS = ("claim", "the paper", "effect", "95 % interval", "p", "p (Holm)", "seeds", "verdict")
 
@@ -28,14 +28,15 @@ def _study(study: Mapping[str, Any]) -> list[str]:
     if "claims" not in study:
         return [f"Not run: {study['not_run']}"]
     claims = table(COLUMNS, [_claim(row) for row in study["claims"]])
-    rates = "at the rate tuned for it" if study["rates"] else "at the config's rate"
-    says = f"Percent of test rows right at the last step, mean over the seeds; every arm {rates}:"
+    rates = "at the rate tuned for it" if study["tuning"] else "at the rate given, nothing was tuned"
+    measure = measure_of(study)
+    says = f"{measure.title[:1].upper()}{measure.title[1:]} at the last step, mean over the seeds; every arm {rates}:"
     accuracies = [
         (f"`{name}`", f"{study['rates'][name]:g}" if name in study["rates"] else "", f"{np.mean(found):.2f}")
         for name, stage in study["stages"].items()
-        if (found := stage["metrics"].get(TEST)) is not None
+        if (found := stage["metrics"].get(measure.metric)) is not None
     ]
-    return [claims, says, table(("arm", "rate", "accuracy"), accuracies)]
+    return [claims, says, table(("arm", "rate", "mean"), accuracies)]
 
 
 def _claim(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def predict(config: Any, workdir: str, stage: str, spec: str) -> dict[str, np.nd
     predictor = cli.experiment(config).predictor(config, stage)
     models = [member(outcome.published, k) for k in range(outcome.members)] or [outcome.published]
     predictor.check(models[0])
-    dataset, more = _read_input(spec, config.data, predictor.shape)
+    dataset, more = read_input(spec, config.data, predictor.shape)
     source, residents = data.source(dataset, config.eval_batch_size), Residents(mesh)
 
     def one(published: Any, batch: Any, key: Any) -> Any:
@@ -77,7 +77,20 @@ def predict(config: Any, workdir: str, stage: str, spec: str) -> dict[str, np.nd
     return {**found, "predicted": found["probabilities"].argmax(-1).astype(np.int32), **more}
 
 
-def _read_input(spec: str, config: Any, shape: tuple[int, ...]) -> tuple[data.Dataset, dict[str, np.ndarray]]:
+def read_input(spec: str, config: Any, shape: tuple[int, ...]) -> tuple[data.Dataset, dict[str, np.ndarray]]:
+    """The images that `spec` names (an .npy file, a folder or data:SPLIT) and what their rows are called.
+
+    Args:
+      spec: see the module.
+      config: the `data` section of a run's config.
+      shape: of an image as the model takes it; a split of the data set has the set's own.
+
+    Returns:
+      The images, and {"file": names} of a folder or {"label": numbers} of a split.
+
+    Raises:
+      UserError: if there are none, or they are not of that shape.
+    """
     if spec.startswith("data:"):
         options = {"data_dir": config.data_dir or None, "image_size": config.image_size or None}
         dataset = data.load(config.name, spec.removeprefix("data:"), **options)

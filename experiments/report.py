@@ -1,5 +1,6 @@
 """Tables and plots of finished runs."""
 
+import dataclasses
 import io
 import sys
 from collections.abc import Mapping
@@ -13,17 +14,41 @@ from rich.table import Table
 from jkd import metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What the stages of a method are compared by.
+
+    Attributes:
+      metric: `evaluator/name` of the final comparison.
+      tune: likewise, by which learning rates are chosen: of validation data.
+      title: of tables, with the unit.
+      lower: whether less is better.
+    """
+
+    metric: str = "test/top1"
+    tune: str = "validation/top1"
+    title: str = "test accuracy, %"
+    lower: bool = False
+
+    @classmethod
+    def of(cls, module: Any) -> "Measure":
+        """That of a method's module: its MEASURE, by default accuracy."""
+        return getattr(module, "MEASURE", cls())
+
+
 def table_console(*, stderr: bool = False) -> Console:
     """Where tables go: as wide as the terminal, and 120 columns in files and pipes."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, width=None if terminal else 120)
 
 
-def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1") -> dict[str, Any]:
-    """Per stage: mean, interval and seeds of a metric, and the paired difference to the baseline stage.
+def summarize(stages: Mapping[str, Any], baseline: str, measure: Measure | None = None) -> dict[str, Any]:
+    """Per stage: mean, interval and seeds of a measure, and the paired difference to the baseline stage.
 
     With a single seed there is no interval, and `interval` and `difference` are None.
     """
+    measure = measure or Measure()
+    metric, best = measure.metric, "min" if measure.lower else "max"
     rows: dict[str, Any] = {}
     base = stages.get(baseline, {}).get("metrics", {}).get(metric)
     for name, stage in stages.items():
@@ -31,7 +56,7 @@ def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1
             continue
         values = np.atleast_1d(np.asarray(stage["metrics"][metric], float))
         row: dict[str, Any] = {"mean": float(values.mean()), "seeds": len(values), "values": values.tolist()}
-        row["best_epoch_mean"] = float(np.mean(stage["history"][metric]["max"]))
+        row["best_epoch_mean"] = float(np.mean(stage["history"].get(metric, {best: values})[best]))
         row["interval"] = row["difference"] = None
         if len(values) > 1:
             found = metrics.mean_interval(values)
@@ -43,22 +68,23 @@ def summarize(stages: Mapping[str, Any], baseline: str, metric: str = "test/top1
     return {metric: rows}
 
 
-def show(results: Mapping[str, Any], workdir: str) -> None:
+def show(results: Mapping[str, Any], workdir: str, measure: Measure | None = None) -> None:
     """Prints the table of a run and saves its plot beside it."""
+    title = (measure or Measure()).title
     console = table_console()
-    for metric, rows in results["results"].items():
+    for rows in results["results"].values():
         if not rows:
             continue
-        console.print(table(rows, metric))
+        console.print(table(rows, title))
         path = epath.Path(workdir) / "plot.png"
-        path.write_bytes(plot(rows, metric, results["method"]))
+        path.write_bytes(plot(rows, title, results["method"]))
         console.print(f"Results: {epath.Path(workdir) / 'results.json'}   Plot: {path}", soft_wrap=True)
 
 
-def table(rows: Mapping[str, Any], metric: str) -> Table:
+def table(rows: Mapping[str, Any], title: str) -> Table:
     """Mean, 95 % interval and paired difference of every stage."""
     pairs = [row["difference"]["to"] for row in rows.values() if row["difference"]]
-    made = Table(title=f"{metric}, % (95 % intervals)")
+    made = Table(title=f"{title} (95 % intervals)")
     made.add_column("stage", no_wrap=True)
     compared = f"minus {pairs[0]}, paired" if pairs else "difference"
     for column in ("mean", "interval", compared, "p", "best epoch", "seeds"):
@@ -76,7 +102,7 @@ def _range(low: float, high: float) -> str:
     return rf"\[{low:.2f}, {high:.2f}]"
 
 
-def plot(rows: Mapping[str, Any], metric: str, title: str) -> bytes:
+def plot(rows: Mapping[str, Any], measured: str, title: str) -> bytes:
     """A PNG: every seed as a point, the mean and its interval as a bar with whiskers."""
     import matplotlib
 
@@ -95,7 +121,7 @@ def plot(rows: Mapping[str, Any], metric: str, title: str) -> bytes:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     seeds = max(row["seeds"] for row in rows.values())
-    axes.set_xlabel(f"{metric}, %: mean, 95 % interval, {seeds} seeds")
+    axes.set_xlabel(f"{measured}: mean, 95 % interval, {seeds} seeds")
     axes.set_title(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -17,6 +17,7 @@ from etils import epath
 
 from experiments import cells, cli, html, markdown
 from experiments.cells import Cell
+from experiments.report import Measure
 from experiments.studies import Study, run_study
 from jkd.errors import UserError, unknown
 from jkd.train import Preempted
@@ -33,8 +34,11 @@ METHODS = (
     "lottery_tickets",
     "knowledge_evolution",
     "quantized_distillation",
+    "dual_contrastive_gan",
+    "gan_fingerprinting",
+    "fewshot_dcl",
 )
-OWN_FIELDS = ("seed", "only", "teacher.workdir")
+OWN_FIELDS = ("seed", "only", "teacher.workdir", "start.workdir")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +76,7 @@ def check(methods: Any, overrides: Mapping[str, Any]) -> None:
             config = cli.load_config(study.config, overrides)
             if config.seeds < 2:
                 raise UserError(f"seeds={config.seeds}: differences between arms need at least 2 paired seeds.")
-            if study.rates and config.data.validation_examples < 1:
+            if study.rates and config.data.get("validation_examples", 1) < 1:
                 raise UserError("data.validation_examples=0: the arms' learning rates are tuned on validation rows.")
 
 
@@ -149,8 +153,9 @@ def _study(
     try:
         config = cli.load_config(study.config, overrides)
         arms = [name for name in config.arms if name in (study.arms or config.arms)]
-        found = run_study(study, run, list(config.get("teachers", ())), arms)
-        return {**found, "baseline": cli.experiment(config).BASELINE}
+        module, shared = cli.experiment(config), list(study.shared or config.get("teachers", ()))
+        found = run_study(study, run, shared, arms, Measure.of(module))
+        return {**found, "baseline": module.BASELINE}
     except Preempted:
         raise
     except UserError as error:

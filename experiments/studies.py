@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report import Measure
 from jkd import metrics
 from jkd.errors import UserError
 from jkd.train import NonFiniteError
@@ -26,10 +27,12 @@ class Claim:
       text: the statement.
       paper: what the paper reports, or "" where it gives no figure.
       better: the arm that is said to be better; with `worse`, tested by the paired difference over seeds. An arm
-        stands for its test accuracy; any other metric is written `(stage, metric)`; a list stands for their sum, so
+        stands for the method's measure (test accuracy by default); any other metric is written `(stage, metric)`; a
+        list stands for their sum, so
         that an interaction, (a - b) - (c - d), is better=[a, d], worse=[b, c].
       worse: the arm that is said to be worse.
-      margin: percentage points by which `better` may fall behind and still count (a claim of "not worse").
+      margin: percentage points (or whatever the unit is) by which `better` may fall behind and still count (a claim
+        of "not worse").
       value: `(stage, metric)`: tested by the metric's mean over seeds instead ...
       inside: ... which must lie, with its interval, between these two numbers.
     """
@@ -51,12 +54,15 @@ class Study:
       name: of its folder and headings.
       config: `configs/<method>.py[:variant]`.
       rates: the learning rates that each arm is tuned over, on the validation rows of `tuning_seeds` seeds that
-        the final runs do not use. Empty: nothing is tuned, and all arms run together at the rates of the config.
+        the final runs do not use. One: all arms take it, and nothing is tuned. Empty: nothing is tuned, and all arms
+        run together at the rates of the config.
       tuning_seeds: how many.
       claims: what is tested.
       arms: of the config that take part; empty: all.
       derived: `derived(stages) -> stages`: made of the final ones, with metrics of the same seeds, for claims about
         several arms at once; they are reported beside the others.
+      shared: stages that all arms start from, which run once for the tuning seeds and once for the final ones.
+      given: the field of the config by which an arm finds the folder of the run that holds them.
     """
 
     name: str
@@ -66,25 +72,35 @@ class Study:
     claims: Sequence[Claim]
     arms: Sequence[str] = ()
     derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stages: {}
+    shared: Sequence[str] = ()
+    given: str = "teacher.workdir"
 
 
-TUNE, TEST = "validation/top1", "test/top1"
 TUNING_SEED = 1000
 # What the methods tune over, alike, so that they share their baselines' runs: dense nets on digits, and `hard`.
 RATES, HARD_RATES = (0.001, 0.003, 0.01, 0.03, 0.1), (0.06, 0.2, 0.6)
 
 
-def judge(claim: Claim, stages: Mapping[str, Any]) -> dict[str, Any]:
-    """The verdict of one claim from the final runs: statement, effect, interval, seeds, verdict."""
+def measure_of(study: Mapping[str, Any]) -> Measure:
+    """What the arms of a study's results are compared by."""
+    return Measure(**study.get("measure", {}))
+
+
+def judge(claim: Claim, stages: Mapping[str, Any], measure: Measure | None = None) -> dict[str, Any]:
+    """The verdict of one claim from the final runs: statement, effect, interval, seeds, verdict.
+
+    The effect is how much better `better` is: where less of the measure is better, what is compared by it is negated.
+    """
+    measure = measure or Measure()
     row = {"claim": claim.text, "paper": claim.paper or "no figure"}
     if claim.value is not None:
-        found = metrics.mean_interval(_values(claim.value, stages))
+        found = metrics.mean_interval(_values(claim.value, stages, measure))
         low, high = claim.inside
         verdict = HOLDS if low <= found.low and found.high <= high else OPEN
         test = f"{_shown(claim.value)} in [{low:g}, {high:g}]"
         numbers = {"effect": float(found.mean), "interval": [float(found.low), float(found.high)], "p_value": None}
         return {**row, "test": test, **numbers, "seeds": int(found.n), "verdict": verdict}
-    ours, theirs = (_values(one, stages) for one in (claim.better, claim.worse))
+    ours, theirs = (_values(one, stages, measure) for one in (claim.better, claim.worse))
     # The test that belongs to the interval: exact sign flips of few seeds could never be significant.
     pair = metrics.paired_difference(ours, theirs, margin=claim.margin, exact=False)
     if pair.low > -claim.margin:
@@ -96,11 +112,12 @@ def judge(claim: Claim, stages: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "test": test, **numbers, "p_value": float(pair.p_value), "seeds": int(pair.n), "verdict": verdict}
 
 
-def _values(of: Of, stages: Mapping[str, Any]) -> np.ndarray:
+def _values(of: Of, stages: Mapping[str, Any], measure: Measure) -> np.ndarray:
     if isinstance(of, list):
-        return np.sum([_values(one, stages) for one in of], axis=0)
-    stage, metric = (of, TEST) if isinstance(of, str) else of
-    return np.atleast_1d(np.asarray(stages[stage]["metrics"][metric], float))
+        return np.sum([_values(one, stages, measure) for one in of], axis=0)
+    stage, metric = (of, measure.metric) if isinstance(of, str) else of
+    values = np.atleast_1d(np.asarray(stages[stage]["metrics"][metric], float))
+    return -values if measure.lower and isinstance(of, str) else values
 
 
 def _shown(of: Of) -> str:
@@ -110,7 +127,7 @@ def _shown(of: Of) -> str:
 
 
 def best_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
-    """Each arm's learning rate with the highest mean validation accuracy; ties go to the lower rate.
+    """Each arm's learning rate with the highest mean score on validation data; ties go to the lower rate.
 
     Raises:
       UserError: if an arm diverged at every rate.
@@ -126,6 +143,7 @@ def run_study(
     run: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]],
     teachers: Sequence[str],
     arms: Sequence[str],
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Runs the cells of a study through `run({cell: overrides}) -> {cell: results}`, and judges its claims.
 
@@ -135,28 +153,31 @@ def run_study(
     test row decides anything. Without rates there is one cell. A cell that diverged is a `NonFiniteError` in place of
     its results.
     """
+    measure = measure or Measure()
     if not study.rates:
-        return _judged(study, _sound(run({"whole": {"only": (*teachers, *arms)}}))["whole"]["stages"], {}, {})
+        return _judged(study, _sound(run({"whole": {"only": (*teachers, *arms)}}))["whole"]["stages"], {}, {}, measure)
     tuning = {"seed": TUNING_SEED, "seeds": study.tuning_seeds}
     only = {"only": tuple(teachers)}
-    taught = _sound(run({"tuning-teachers": {**tuning, **only}, "teachers": only})) if teachers else {}
+    first: dict[str, Any] = {"tuning-teachers": {**tuning, **only}} if len(study.rates) > 1 else {}
+    first["teachers"] = only
+    taught = _sound(run(first)) if teachers else {}
 
     def student(arm: str, rate: float, teacher: str) -> dict[str, Any]:
-        given = {"teacher.workdir": taught[teacher]["workdir"]} if taught else {}
+        given = {study.given: taught[teacher]["workdir"]} if taught else {}
         return {"only": (arm,), f"arms.{arm}.lr": rate, **given}
 
-    grid = {f"tuning-{arm}-{rate:g}": (arm, rate) for arm in arms for rate in study.rates}
+    grid = {f"tuning-{arm}-{rate:g}": (arm, rate) for arm in arms for rate in study.rates if len(study.rates) > 1}
     tried = run({name: {**tuning, **student(*of, "tuning-teachers")} for name, of in grid.items()})
-    scores: dict[str, dict[float, float]] = {arm: {} for arm in arms}
+    scores: dict[str, dict[float, float]] = {arm: {} for arm, _ in grid.values()}
     for name, (arm, rate) in grid.items():
-        scores[arm][rate] = _score(tried[name], arm)
-    chosen = best_rates(scores)
+        scores[arm][rate] = _score(tried[name], arm, measure)
+    chosen = best_rates(scores) if scores else dict.fromkeys(arms, study.rates[0])
     final = _sound(run({f"final-{arm}": student(arm, rate, "teachers") for arm, rate in chosen.items()}))
     stages = {name: taught["teachers"]["stages"][name] for name in teachers}
     for arm in arms:  # with the stages that led to it
         found = final[f"final-{arm}"]["stages"]
         stages |= {name: found[name] for name in found if name not in stages}
-    return _judged(study, stages, chosen, {arm: _plain(of) for arm, of in scores.items()})
+    return _judged(study, stages, chosen, {arm: _plain(of) for arm, of in scores.items()}, measure)
 
 
 def _sound(found: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -166,29 +187,35 @@ def _sound(found: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _score(results: Any, arm: str) -> float:
+def _score(results: Any, arm: str, measure: Measure) -> float:
     if isinstance(results, NonFiniteError):  # this arm diverges at this rate: a result like any other
         return -np.inf
-    return float(np.mean(results["stages"][arm]["metrics"][TUNE]))
+    value = float(np.mean(results["stages"][arm]["metrics"][measure.tune]))
+    return -value if measure.lower else value
 
 
-def _judged(study: Study, stages: Mapping[str, Any], rates: Mapping[str, float], tuning: Mapping) -> dict[str, Any]:
+def _judged(
+    study: Study, stages: Mapping[str, Any], rates: Mapping[str, float], tuning: Mapping, measure: Measure
+) -> dict[str, Any]:
     stages = {**stages, **study.derived(stages)}
-    claims = judge_all(study.claims, stages)
-    return {"config": study.config, "rates": rates, "tuning": tuning, "stages": stages, "claims": claims}
+    claims = judge_all(study.claims, stages, measure)
+    found = {"config": study.config, "rates": rates, "tuning": tuning, "stages": stages, "claims": claims}
+    return {**found, "measure": dataclasses.asdict(measure)}
 
 
 def _plain(scores: Mapping[float, float]) -> dict[str, float | None]:
     return {f"{rate:g}": score if np.isfinite(score) else None for rate, score in scores.items()}
 
 
-def judge_all(claims: Sequence[Claim], stages: Mapping[str, Any]) -> list[dict[str, Any]]:
+def judge_all(
+    claims: Sequence[Claim], stages: Mapping[str, Any], measure: Measure | None = None
+) -> list[dict[str, Any]]:
     """The verdicts of a study's claims.
 
     p-values adjusted for their number (Holm) stand beside the plain ones, and a verdict that does not survive this
     says so.
     """
-    rows = [judge(claim, stages) for claim in claims]
+    rows = [judge(claim, stages, measure) for claim in claims]
     tested = [row for row in rows if row["p_value"] is not None]
     if tested:
         for row, value in zip(tested, metrics.holm([row["p_value"] for row in tested]), strict=True):

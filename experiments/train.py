@@ -55,6 +55,8 @@ def make_mesh(config: Any) -> Mesh:
     for name in ("batch_size", "eval_batch_size"):  # before anything is written
         if name in config:
             check_batch_size(config[name], mesh, name)
+    if "adapt" in config:
+        check_batch_size(config.adapt.batch_size, mesh, "adapt.batch_size")
     parts = config.get("microbatches", 1)
     if parts > 1 and config.batch_size % parts == 0:  # the rest is for the method to refuse
         check_batch_size(config.batch_size // parts, mesh, "batch_size / microbatches")
@@ -88,14 +90,14 @@ def run(config: Any, workdir: str, *, show: bool = True, profile: str = "") -> d
         "method": config.method,
         "config": jsonable(config.to_dict()),
         "stages": jsonable(found),
-        "results": report.summarize(found, baseline=module.BASELINE),
+        "results": report.summarize(found, module.BASELINE, report.Measure.of(module)),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
     }
     if jax.process_index() == 0:
         with storage_errors(epath.Path(workdir)):
             write_text(epath.Path(workdir) / "results.json", json.dumps(results, indent=1) + "\n")
             if show:
-                report.show(results, workdir)
+                report.show(results, workdir, report.Measure.of(module))
     return results
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from importlib import metadata
@@ -27,6 +28,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JKD_DATA_DIR", str(CACHE / "data"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CACHE.parent), os.environ.get("PYTHONPATH")]))
+if sys.dont_write_bytecode:
+    # Many containers ask for it. Each process that a test starts would compile the source of all that it imports.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(CACHE / "bytecode")
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
 
 import jax
 import jaxtyping
@@ -47,7 +52,10 @@ settings.load_profile("jkd")
 
 LONGEST_FIRST = (
     "test_processes",
+    "test_gans",
     "test_notebooks",
+    "test_small_networks",
+    "test_fingerprint_command",
     "test_energy_kd",
     "test_distillation_arms",
     "test_resume",

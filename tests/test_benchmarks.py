@@ -57,7 +57,24 @@ def test_low_bit_steps_agree_with_plain_formulas_and_are_timed(capsys, monkeypat
     assert "w4a4, binary" in capsys.readouterr().out
 
 
+def test_steps_of_a_gan_are_timed_and_agree_with_the_peer(capsys):
+    bench = load("gan_step")
+    task = bench.make_task(8, batch=4, fmap_base=16, fmap_max=4, latent_dim=4, mapping_layers=1)
+    mine, flops, about = bench.ours(task)
+    assert 0 < flops["plain"] < flops["path length"] < flops["both"]
+    assert "compiled in" in about
+    groups = []
+    if importlib.util.find_spec("torch"):
+        bench.check(task, ("scaled", "grouped"))
+        groups = [bench.peers(task, "grouped", last=True, compiled=False)]
+    variants = [*mine, *(v for group in groups for v in group)]
+    bench.measure(variants, repeats=2, steps=1)
+    assert all(len(v.times) == 2 for v in variants)
+    bench.report(mine, groups, flops, peak=1e9)
+    assert "mean of 16" in capsys.readouterr().out
+
+
 def test_all_are_known_here():
-    known = {"_brevitas_peer.py", "_torch_peer.py"}
-    known |= {"distill_step.py", "loop_overhead.py", "precision.py", "quantize_step.py"}
+    known = {"_brevitas_peer.py", "_torch_gan.py", "_torch_peer.py"}
+    known |= {"distill_step.py", "gan_step.py", "loop_overhead.py", "precision.py", "quantize_step.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == known, "a new benchmark needs a test"

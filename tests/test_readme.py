@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -13,7 +14,7 @@ def test_the_examples_train():
     code, smaller = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
-    first = names["loss_fn"](
+    first = jax.jit(names["loss_fn"])(
         names["nn"].init(names["student"], names["jax"].random.key(1), (28, 28, 1))["params"],
         names["source"].batch(0),
         names["jax"].random.key(0),
@@ -22,7 +23,7 @@ def test_the_examples_train():
     assert np.isfinite(float(names["metrics"]["grad_norm"]))
     exec(compile(smaller, "README.md", "exec"), names)
     assert float(names["metrics"]["loss"]) < float(first)
-    kernel = np.asarray(names["materialize"](names["state"].params)["hidden1"]["kernel"])
+    kernel = np.asarray(jax.jit(names["materialize"])(names["state"].params)["hidden1"]["kernel"])
     assert len(np.unique(kernel[kernel != 0])) <= 4
     assert (kernel == 0).mean() > 0.8
 
@@ -37,3 +38,13 @@ def test_links_and_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make ([\w-]+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_page_on_generators_trains_one():
+    page = (ROOT / "docs" / "generators.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "generators.md", "exec"), names)
+    assert np.isfinite([float(value) for value in names["metrics"].values()]).all()
+    for module in re.findall(r"python -m experiments\.(\w+)", page):
+        assert (ROOT / "experiments" / f"{module}.py").exists(), module

@@ -23,6 +23,12 @@ from jkd.data.hierarchy import Hierarchy as Hierarchy
 from jkd.data.hierarchy import make_hierarchy as make_hierarchy
 from jkd.data.idx import read_idx as read_idx
 from jkd.data.jitter import color_jitter as color_jitter
+from jkd.data.perturbations import PERTURBATIONS as PERTURBATIONS
+from jkd.data.perturbations import crop_resize as crop_resize
+from jkd.data.perturbations import gaussian_blur as gaussian_blur
+from jkd.data.perturbations import gaussian_noise as gaussian_noise
+from jkd.data.perturbations import jpeg as jpeg
+from jkd.data.perturbations import perturb as perturb
 from jkd.data.policies import apply_operations as apply_operations
 from jkd.data.policies import auto_augment as auto_augment
 from jkd.data.policies import rand_augment as rand_augment

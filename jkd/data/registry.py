@@ -11,6 +11,7 @@ import numpy as np
 from jkd.data.dataset import Dataset, concat, from_arrays
 from jkd.data.hierarchy import make_hierarchy
 from jkd.data.idx import has_idx, read_idx_split
+from jkd.data.patches import read_patches
 from jkd.data.rows import IN_MEMORY_BYTES, Rows
 from jkd.data.seeding import random_state
 from jkd.data.silhouettes import read_silhouettes
@@ -22,7 +23,7 @@ JOINED = {
     "digits_fashion": ("digits", "fashion_mnist"),
     "digits_fashion_animals": ("digits", "fashion_mnist", "animal_mnist"),
 }
-WHOLE = ("animal_mnist", "hierarchy", *JOINED)  # sets that are made or read as a whole, here
+WHOLE = ("animal_mnist", "hierarchy", "patches32", *JOINED)  # sets that are made or read as a whole, here
 # Debian's package dataset-fashion-mnist.
 FASHION_MNIST_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")
 IDX_HINTS = dict.fromkeys(IDX, " (Or give a data_dir that holds its four IDX files.)")
@@ -51,13 +52,15 @@ def load(
       "mnist5k", or "mnist" where `data_dir` has a folder mnist with its IDX files; fashion_mnist likewise.
     - "hierarchy": no real data, but 10 super-classes x 4 classes made by `make_hierarchy` with its defaults (8x8x1;
       train 4,000, test 2,000).
+    - "patches32": patches 32x32x3 of scikit-learn's two photographs, the label says of which; train 8,000 from the left
+      80 % of their width, test 2,000 from the rest.
     - Any other name: a TFDS set prepared as array_record in `data_dir` (TFDS's own default folder: None) with
       features "image" and "label"; "name/config:version" works.
 
     Args:
       name: the data set.
       split: "train", "test", "all" (train, then test) or what TFDS accepts, such as "train[:90%]+test".
-      data_dir: see above; "animal_mnist" and "hierarchy" do not use it.
+      data_dir: see above; "animal_mnist", "hierarchy" and "patches32" do not use it.
       image_size: needed for images of variable size (ImageNet: 224): training sources read random resized
         crops, everything else the central crop of 224/256 of the shorter side.
       in_memory: whether to read a TFDS set into memory; None: images of fixed size under 1 GB. All sets
@@ -131,6 +134,8 @@ def _load_whole(name: str, split: str, folder: str | None) -> Dataset:
         return _load_arrays(name, split, lambda part: _arrays(getattr(made, part)), len(made.superclass))
     if name in JOINED:
         return _load_arrays(name, split, functools.partial(_read_joined, JOINED[name], folder), 10 * len(JOINED[name]))
+    if name == "patches32":
+        return _load_arrays(name, split, read_patches, num_classes=2)
     return _load_arrays(name, split, read_silhouettes, num_classes=10)
 
 

@@ -9,6 +9,7 @@ and normalize as their PyTorch peers do. Images must be scaled and normalized as
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jkd.errors import UserError
 from jkd.interop.safetensors import load_safetensors, save_safetensors
-from jkd.interop.torch_names import Rules, module_name, rules, styles
+from jkd.interop.torch_names import UNUSED, Rules, module_name, rules, styles
 from jkd.interop.torch_pickle import read_pickle
 from jkd.nn.apply import init
 
@@ -70,14 +71,15 @@ def from_torch(
 
     Args:
       model: a model of `jkd.nn`.
-      state_dict: arrays by PyTorch's names; "module." before all of them is taken off.
+      state_dict: arrays by PyTorch's names; "module." before all of them is taken off, and auxiliary heads, which only
+        training uses, are left out.
       image_shape: of one image: its channels count, and for an "mlp" its size.
       style: of the names, see `jkd/interop/torch_names.py`; None takes the one that fits best.
 
     Raises:
       UserError: if entries are missing, unknown to the model or of another shape: they are named.
     """
-    given = _stripped(state_dict)
+    given = _stripped(model, state_dict)
     leaves = list(_leaves(jax.eval_shape(lambda: init(model, jax.random.key(0), tuple(image_shape)))))
     tables = styles(model) if style is None else {style: rules(model, style)}
     misfits = {name: _misfits(leaves, given, table) for name, table in tables.items()}
@@ -129,17 +131,18 @@ def save_torch(
 
 def num_classes(model: nn.Module, state_dict: Mapping[str, ArrayLike]) -> int | None:
     """The outputs of the classifier in a state dict of a model like `model`; None where it is not found."""
-    given = _stripped(state_dict)
+    given = _stripped(model, state_dict)
     names = [_name(("params", "head", "kernel"), table) for table in styles(model).values()]
     return next((len(np.asarray(given[name])) for name in names if name in given), None)
 
 
-def _stripped(state_dict: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+def _stripped(model: nn.Module, state_dict: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     given = dict(state_dict)
     for prefix in PREFIXES * 2:  # in either order
         if given and all(name.startswith(prefix) for name in given):
             given = {name.removeprefix(prefix): leaf for name, leaf in given.items()}
-    return {name: leaf for name, leaf in given.items() if not name.endswith(COUNTER)}
+    unused = re.compile(UNUSED.get(type(model), ""))
+    return {name: leaf for name, leaf in given.items() if not (name.endswith(COUNTER) or unused.fullmatch(name))}
 
 
 def _leaves(variables: Any) -> Iterator[tuple[tuple[str, ...], Any]]:

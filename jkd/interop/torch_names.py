@@ -21,6 +21,7 @@ from flax import linen as nn
 from jkd.errors import UserError, unknown
 from jkd.nn.densenet import DenseNet
 from jkd.nn.googlenet import GoogLeNet
+from jkd.nn.inception import InceptionV3
 from jkd.nn.mobilenet import BLOCKS, MobileNet
 from jkd.nn.mobilenet_v2 import MobileNetV2
 from jkd.nn.resnet import ResNet
@@ -172,6 +173,20 @@ def _googlenet(model: GoogLeNet) -> dict[str, Rules]:
     return {"torchvision": [stem, (r"block(\d+)_(\d+)/branch(\d)(?:_(\d))?/(conv|norm)", unit), ("head", "fc")]}
 
 
+def _inception_v3(model: InceptionV3) -> dict[str, Rules]:
+    del model
+    # Lettered by the size of the map: the units of our first block come after the stem's layers 1 to 4.
+    first = {"1": (5, "b"), "2": (6, "a"), "3": (7, "a")}
+    stem = dict(zip("12345", ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3"), strict=True))
+
+    def unit(match: re.Match) -> str:
+        number, letter = first[match[1]]
+        return f"Mixed_{number}{chr(ord(letter) + int(match[2]))}.{match[3]}.{_SHORT[match[4]]}"
+
+    layer = (r"stem(\d)/(conv|norm)", lambda match: f"Conv2d_{stem[match[1]]}.{_SHORT[match[2]]}")
+    return {"torchvision": [layer, (r"block(\d)_(\d+)/(\w+)/(conv|norm)", unit), ("head", "fc")]}
+
+
 def _pair(layer: str, module: str) -> Rules:
     """A convolution and its norm as the first two entries of a sequence."""
     return [(f"{layer}/conv", f"{module}.0"), (f"{layer}/norm", f"{module}.1")]
@@ -191,7 +206,10 @@ NAMES: Mapping[type[nn.Module], Callable[[Any], dict[str, Rules]]] = {
     MobileNetV2: _mobilenet_v2,
     DenseNet: _densenet,
     GoogLeNet: _googlenet,
+    InceptionV3: _inception_v3,
 }
+# Of heads that take part in training only; our models have none.
+UNUSED: Mapping[type[nn.Module], str] = {GoogLeNet: r"aux[12]\..+", InceptionV3: r"AuxLogits\..+"}
 OWN: Rules = ((".*", lambda match: match[0].replace("/", ".")),)
 
 

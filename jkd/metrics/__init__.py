@@ -34,8 +34,10 @@ from jkd.metrics.diversity import (
     nearest_reference,
 )
 from jkd.metrics.frechet import MomentSums, frechet_distance, moment_sums, moments
+from jkd.metrics.hamming import hamming_distance
 from jkd.metrics.kid import SubsetKid, kid, kid_over_subsets
 from jkd.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, manifold_precision_recall
+from jkd.metrics.perceptual import pairwise_perceptual_distances, perceptual_distance
 from jkd.metrics.statistics import (
     Interval,
     PairedDifference,
@@ -72,6 +74,7 @@ __all__ = [
     "euclidean_distances",
     "expected_calibration_error",
     "frechet_distance",
+    "hamming_distance",
     "holm",
     "intra_cluster_distance",
     "intra_cluster_distance_of_matrices",
@@ -88,7 +91,9 @@ __all__ = [
     "nearest_reference",
     "normalized_mutual_information",
     "paired_difference",
+    "pairwise_perceptual_distances",
     "per_class_counts",
+    "perceptual_distance",
     "predicted_class",
     "prediction_agreement",
     "predictive_entropy",

@@ -14,6 +14,7 @@ from jkd.nn.cnn import CNN, cnn
 from jkd.nn.densenet import DenseNet, densenet121, densenet169
 from jkd.nn.from_nnx import from_nnx
 from jkd.nn.googlenet import GoogLeNet, googlenet
+from jkd.nn.inception import InceptionV3, fid_images, inception_v3
 from jkd.nn.mlp import MLP, mlp
 from jkd.nn.mobilenet import MobileNet, mobilenet
 from jkd.nn.mobilenet_v2 import MobileNetV2, mobilenet_v2, mobilenet_v2_cifar
@@ -49,6 +50,7 @@ __all__ = [
     "Channels",
     "DenseNet",
     "GoogLeNet",
+    "InceptionV3",
     "MobileNet",
     "MobileNetV2",
     "Outputs",
@@ -64,8 +66,10 @@ __all__ = [
     "count_parameters",
     "densenet121",
     "densenet169",
+    "fid_images",
     "from_nnx",
     "googlenet",
+    "inception_v3",
     "init",
     "mlp",
     "mobilenet",

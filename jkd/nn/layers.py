@@ -29,26 +29,28 @@ def at_least_float32(dtype: DTypeLike) -> np.dtype:
 
 def conv(
     features: int,
-    size: int,
+    size: int | tuple[int, int],
     stride: int = 1,
     *,
     groups: int = 1,
+    padded: bool = True,
     use_bias: bool = False,
     kernel_init: Initializer = kaiming_normal_fan_out,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     name: str,
 ) -> nn.Conv:
-    """A convolution padded by size // 2 on BOTH sides, as in PyTorch.
+    """A convolution padded by size // 2 on BOTH sides, as in PyTorch, or with `padded` False not at all.
 
-    "SAME" would pad a strided convolution on the far side only. A bias starts at zero; the output is then as
-    wide as the bias, `param_dtype`.
+    "SAME" would pad a strided convolution on the far side only. A `size` of two is height and width. A bias starts at
+    zero; the output is then as wide as the bias, `param_dtype`.
     """
+    window = (size, size) if isinstance(size, int) else size
     return nn.Conv(
         features,
-        (size, size),
+        window,
         stride,
-        padding=size // 2,
+        padding=[(side // 2, side // 2) if padded else (0, 0) for side in window],
         feature_group_count=groups,
         use_bias=use_bias,
         kernel_init=kernel_init,
@@ -84,7 +86,7 @@ class ConvNorm(nn.Module):
     """A convolution, without bias unless `use_bias`, then batch normalization; see `conv` and `batch_norm`."""
 
     features: int
-    size: int = 3
+    size: int | tuple[int, int] = 3
     stride: int = 1
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -92,17 +94,19 @@ class ConvNorm(nn.Module):
     use_bias: bool = False
     kernel_init: Initializer = kaiming_normal_fan_out
     epsilon: float = 1e-5
+    padded: bool = True
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch new_height new_width features"]:
-        """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), features] in `dtype`."""
+        """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), features] in `dtype`, where `padded`."""
         x = conv(
             self.features,
             self.size,
             self.stride,
             groups=self.groups,
+            padded=self.padded,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             dtype=self.dtype,

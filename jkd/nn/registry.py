@@ -11,6 +11,7 @@ from jkd.errors import UserError, unknown
 from jkd.nn import densenet, resnet, shufflenet, vgg, wide_resnet
 from jkd.nn.cnn import cnn
 from jkd.nn.googlenet import googlenet
+from jkd.nn.inception import inception_v3
 from jkd.nn.mlp import mlp
 from jkd.nn.mobilenet import mobilenet
 from jkd.nn.mobilenet_v2 import mobilenet_v2, mobilenet_v2_cifar
@@ -23,7 +24,7 @@ _FAMILIES: tuple[tuple[Callable[..., nn.Module], ...], ...] = (
     shufflenet.BUILDERS,
     (mobilenet, mobilenet_v2, mobilenet_v2_cifar),
     densenet.BUILDERS,
-    (googlenet,),
+    (googlenet, inception_v3),
 )
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder for family in _FAMILIES for builder in family
@@ -43,7 +44,7 @@ def build(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
       num_classes: at least 2.
       **kwargs: `dtype` and `param_dtype` (floating dtypes, or their names such as "bfloat16") for every
         model; `width` (channels of the stem, or what the builder says) for convolutional ones, `multiplier`
-        (of all channels) for a MobileNetV2 or GoogLeNet; `hidden` (units a layer) and `norm` for "mlp".
+        (of all channels) for a MobileNetV2, GoogLeNet or Inception; `hidden` (units a layer) and `norm` for "mlp".
 
     Raises:
       UserError: where the name or an argument is unknown, or a value is out of range.

@@ -15,6 +15,7 @@ from jkd.errors import UserError
 from jkd.nn.cnn import CNN
 from jkd.nn.densenet import DenseNet
 from jkd.nn.googlenet import GoogLeNet
+from jkd.nn.inception import InceptionV3
 from jkd.nn.mlp import MLP
 from jkd.nn.mobilenet import MobileNet
 from jkd.nn.mobilenet_v2 import MobileNetV2
@@ -37,6 +38,7 @@ WIDTHS: Mapping[type[nn.Module], tuple[str, ...]] = {
     MobileNetV2: ("widths",),
     DenseNet: ("widths", "growth", "bottleneck"),
     GoogLeNet: ("stem_widths", "widths"),
+    InceptionV3: ("stem_widths", "widths"),
 }
 
 

@@ -10,9 +10,12 @@ are the filtering's own transposes: as few products, by blocks again.
 Reference: Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016.
 """
 
+import contextlib
 import functools
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -30,6 +33,8 @@ TILE, SPAN = 4, 6
 CHANNELS = 32  # with fewer, the tiles cost more than the products
 BLOCK = 2**14  # values of one of a block's 36 matrices: they stay in the cache
 ROWS = 32  # of such a matrix: with fewer, the products wait for the kernel
+WORK = 2**27  # direct multiplications: with fewer, milliseconds are gained for seconds of compiling
+_DIRECT = ContextVar("direct", default=False)
 
 # B^T, G and A^T of the reference, for the points 0, 1, -1, 2, -2 and infinity.
 INPUT = (
@@ -57,7 +62,7 @@ def fits(x: Any, w: Any, strides: Sequence[int], padding: Any, **options: Any) -
 
     With several devices it is not: a loop over the batch would gather what they share.
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or _DIRECT.get():
         return False
     if x.ndim != 4 or w.shape[:2] != (3, 3) or {x.dtype, w.dtype} != {np.dtype(np.float32)}:
         return False
@@ -67,7 +72,18 @@ def fits(x: Any, w: Any, strides: Sequence[int], padding: Any, **options: Any) -
     same = np.array_equal(strides, (1, 1)) and not isinstance(padding, str) and np.array_equal(padding, [(1, 1)] * 2)
     if not (plain and same) or min(w.shape[2:]) < CHANNELS or x.shape[1] % TILE or x.shape[2] % TILE:
         return False
-    return images_per_block(x.shape, w.shape) * tiles(x.shape) >= ROWS
+    work = math.prod(x.shape[:3]) * math.prod(w.shape)
+    return work >= WORK and images_per_block(x.shape, w.shape) * tiles(x.shape) >= ROWS
+
+
+@contextlib.contextmanager
+def direct_only() -> Iterator[None]:
+    """What is traced inside keeps the compiler's convolutions: the filtering's second derivatives compile slowly."""
+    token = _DIRECT.set(True)
+    try:
+        yield
+    finally:
+        _DIRECT.reset(token)
 
 
 def tiles(shape: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ True for every other. They are arrays like any other: constants of a stage, shar
 to. Functions that take parameters and masks work on one network: for an ensemble, `jax.vmap` them.
 """
 
+import functools
 import math
 import re
 import warnings
@@ -53,6 +54,11 @@ def _pairs(params: Any, masks: Any) -> Iterator[tuple[str, Any, Any]]:
     return ((name, leaf, marks[name]) for name, leaf in _named(params).items() if _masked(marks[name]))
 
 
+def _split_pairs(params: Any, masks: Any) -> tuple[list[str], list[tuple[Any, Any]]]:
+    found = list(_pairs(params, masks))
+    return [name for name, *_ in found], [(leaf, mask) for _, leaf, mask in found]
+
+
 def _with(masks: Any, leaves: Mapping[str, Any]) -> Any:
     """`masks` with other prunable leaves."""
     return jax.tree.unflatten(
@@ -72,40 +78,58 @@ def _count(keep: float, size: int, of: str) -> int:
 # What is checked is reduced where it lies: weights on many devices are not brought together.
 
 
+def _over_leaves(fn: Callable[..., Array]) -> Callable[[Sequence[tuple[Any, ...]]], list[Array]]:
+    """`fn` of each leaf as one program: each operation by itself would be compiled for each shape."""
+    return jax.jit(lambda leaves: [fn(*leaf) for leaf in leaves])
+
+
+_counts = _over_leaves(lambda mask: jnp.sum(mask, dtype=jnp.uint32))
+_hold_nan = _over_leaves(lambda leaf, mask: (jnp.isnan(leaf) & mask).any())
+_emptied = _over_leaves(lambda old, new: jnp.any(old) & ~jnp.any(new))
+_magnitudes = _over_leaves(lambda leaf, mask: jnp.where(mask, jnp.abs(leaf), -1))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _largest(scores: Sequence[Array], masks: Sequence[Any], n: int) -> list[Array]:
+    """Masks of the `n` largest scores of all leaves, but what `masks` prune."""
+    flat = jnp.concatenate([jnp.ravel(x) for x in scores])
+    kept = jnp.split(keep_largest(flat, n), np.cumsum([x.size for x in scores])[:-1])
+    return [part.reshape(x.shape) & mask for part, x, mask in zip(kept, scores, masks, strict=True)]
+
+
 def _check_alive(n: int, masks: Sequence[Any], of: str) -> None:
-    counts = [concrete(jnp.sum(mask, dtype=jnp.uint32)) for mask in masks]
+    counts = [concrete(count) for count in _counts([(mask,) for mask in masks])]
     alive = sum(int(count) for count in counts if count is not None)
     if all(count is not None for count in counts) and n > alive:
         raise UserError(f"{n} weights of {of} are to be kept, but only {alive} are left: what is pruned stays pruned.")
 
 
 def _check_numbers(params: Any, masks: Any) -> None:
-    bad = [name for name, leaf, mask in _pairs(params, masks) if concrete((jnp.isnan(leaf) & mask).any())]
+    names, pairs = _split_pairs(params, masks)
+    bad = [name for name, flag in zip(names, _hold_nan(pairs), strict=True) if concrete(flag)]
     if bad:
         raise UserError(f"NaN among the weights of {', '.join(bad)}: they have no rank by magnitude.")
 
 
 def _warn_of_empty(before: Any, after: Any) -> None:
-    for name, old, new in _pairs(before, after):
-        if concrete(jnp.any(old) & ~jnp.any(new)):
+    names, pairs = _split_pairs(before, after)
+    for name, flag in zip(names, _emptied(pairs), strict=True):
+        if concrete(flag):
             warnings.warn(f"All weights of {name} are pruned: nothing passes through it.", stacklevel=3)
 
 
 def _keep_best(scores: Mapping[str, Any], masks: Any, keep: float) -> Any:
     """Keeps floor(keep size) of the largest scores over all leaves of one tree; scores of the pruned must be < 0."""
-    flat = jnp.concatenate([jnp.ravel(x) for x in scores.values()])
-    n = _count(keep, flat.size, "all prunable leaves")
+    n = _count(keep, sum(x.size for x in scores.values()), "all prunable leaves")
     marks = _named(masks)
-    _check_alive(n, [marks[name] for name in scores], "all prunable leaves")
-    kept = jnp.split(keep_largest(flat, n), np.cumsum([x.size for x in scores.values()])[:-1])
-    return _with(
-        masks,
-        {name: part.reshape(x.shape) & marks[name] for part, (name, x) in zip(kept, scores.items(), strict=True)},
-    )
+    before = [marks[name] for name in scores]
+    _check_alive(n, before, "all prunable leaves")
+    return _with(masks, dict(zip(scores, _largest(list(scores.values()), before, n), strict=True)))
 
 
-def _magnitude(leaf: Any, mask: Any) -> Array:
-    return jnp.where(mask, jnp.abs(leaf), -1)
+def _magnitudes_of(params: Any, masks: Any) -> dict[str, Array]:
+    names, pairs = _split_pairs(params, masks)
+    return dict(zip(names, _magnitudes(pairs), strict=True))
 
 
 def ones_masks(params: Any, is_prunable: Prunable = is_kernel) -> Any:
@@ -122,7 +146,12 @@ def ones_masks(params: Any, is_prunable: Prunable = is_kernel) -> Any:
     scalars = [name for name, mask in _named(chosen).items() if mask and np.ndim(_named(params)[name]) == 0]
     if scalars:
         raise UserError(f"Scalars cannot be pruned, but is_prunable takes {', '.join(scalars)}.")
-    return jax.tree.map(lambda leaf, prunable: jnp.ones(np.shape(leaf) if prunable else (), bool), params, chosen)
+
+    def ones(leaf: Any, prunable: bool) -> Array:
+        # Of numpy: jnp.ones would compile a program for each shape.
+        return jnp.asarray(np.broadcast_to(np.True_, np.shape(leaf) if prunable else ()))
+
+    return jax.tree.map(ones, params, chosen)
 
 
 def global_magnitude_mask(params: Any, masks: Any, keep: float) -> Any:
@@ -150,7 +179,7 @@ def global_magnitude_mask(params: Any, masks: Any, keep: float) -> Any:
     """
     _check_masks(params, masks)
     _check_numbers(params, masks)
-    found = _keep_best({name: _magnitude(leaf, mask) for name, leaf, mask in _pairs(params, masks)}, masks, keep)
+    found = _keep_best(_magnitudes_of(params, masks), masks, keep)
     _warn_of_empty(masks, found)
     return found
 
@@ -162,11 +191,11 @@ def layerwise_magnitude_mask(params: Any, masks: Any, keep: float) -> Any:
     """
     _check_masks(params, masks)
     _check_numbers(params, masks)
-    found = {}
-    for name, leaf, mask in _pairs(params, masks):
-        n = _count(keep, leaf.size, name)
-        _check_alive(n, [mask], name)
-        found[name] = keep_largest(_magnitude(leaf, mask), n) & mask
+    found, marks = {}, _named(masks)
+    for name, scores in _magnitudes_of(params, masks).items():
+        n = _count(keep, scores.size, name)
+        _check_alive(n, [marks[name]], name)
+        (found[name],) = _largest([scores], [marks[name]], n)
     return _with(masks, found)
 
 

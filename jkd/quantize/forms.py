@@ -60,17 +60,24 @@ def _levels(kernel: Array, bits: int, per_channel: bool) -> Array:
     return jax.vmap(find, in_axes=-1)(kernel) if per_channel else find(kernel)
 
 
+# One program for each shape, wherever it is called: k-means in single operations are tens of them.
+_compiled = functools.partial(jax.jit, static_argnums=(1, 2))
+
+
+@_compiled
 def _split_onehot(kernel: Array, bits: int, per_channel: bool) -> dict[str, Array]:
     levels = _levels(kernel, bits, per_channel)
     return {"assignment": init_assignment(kernel, levels), "levels": levels}
 
 
+@_compiled
 def _split_binary(kernel: Array, bits: int, per_channel: bool) -> dict[str, Array]:
     find = functools.partial(init_binary, bits=bits)
     codes, basis = jax.vmap(find, in_axes=-1, out_axes=(-2, 0))(kernel) if per_channel else find(kernel)
     return {"codes": codes, "basis": basis}
 
 
+@_compiled
 def _split_latent(kernel: Array, bits: int, per_channel: bool) -> dict[str, Array]:
     return {"latent": jnp.asarray(kernel), "levels": _levels(kernel, bits, per_channel)}
 

@@ -1,7 +1,9 @@
 """Low-bit weights as they are stored: codes of 1 to 8 bits side by side in bytes, and a table of levels."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8
@@ -68,7 +70,12 @@ def pack_bits(index: Integer[Tensor, "*shape"], bits: int) -> UInt8[Array, "byte
     known = concrete(index)
     if known is not None and known.size and not 0 <= known.min() <= known.max() < 2**bits:
         raise UserError(f"index must lie in 0..{2**bits - 1} for {bits} bits, got {known.min()}..{known.max()}.")
-    stream = ((jnp.asarray(index).ravel()[:, None] >> jnp.arange(bits)[None]) & 1).ravel()
+    return _stream(jnp.asarray(index), int(bits))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stream(index: Array, bits: int) -> Array:
+    stream = ((index.ravel()[:, None] >> jnp.arange(bits)[None]) & 1).ravel()
     return jnp.packbits(stream.astype(jnp.uint8), bitorder="little")
 
 

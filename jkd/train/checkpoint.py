@@ -14,52 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jkd.errors import UserError
 from jkd.train.damage import CorruptCheckpointError, check_meta, first_line, passing, sealed, usable
+from jkd.train.fingerprints import inspect_tree
 from jkd.train.mesh import place_leaf, sharding_of
 from jkd.train.processes import barrier, worst
 from jkd.train.workdir import move_folder
 from jkd.trees import path_name
 
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-
 
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _fingerprint(leaf: jax.Array) -> jax.Array:
-    # Sum of all bits, each weighted by an odd number from its position, modulo 2^32: integer sums do not
-    # depend on the sharding, and an odd weight cannot hide a flipped bit.
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag], -1)
-    leaf = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
-    words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
-    position = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
-    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
-
-
-def _has_nan(leaf: jax.Array) -> jax.Array:
-    return jnp.isnan(leaf).any() if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros((), bool)
-
-
-@jax.jit
-def _inspect(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    return [_fingerprint(x) for x in leaves], [_has_nan(x) for x in leaves]
-
-
-def inspect_tree(tree: Any) -> dict[str, dict[str, Any]]:
-    """For every leaf by path: shape, dtype, a 32-bit fingerprint of its bits, and whether it holds a NaN."""
-    paths, leaves = zip(*jax.tree.leaves_with_path(tree), strict=True) if jax.tree.leaves(tree) else ((), ())
-    prints, nans = jax.device_get(_inspect(list(leaves)))
-    return {
-        path_name(path): {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "fingerprint": int(value),
-            "nan": bool(nan),
-        }
-        for path, leaf, value, nan in zip(paths, leaves, prints, nans, strict=True)
-    }
 
 
 def _raw(tree: Any) -> Any:

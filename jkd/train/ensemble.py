@@ -139,8 +139,23 @@ def _evaluator(evaluator: Evaluator, batched: Callable, members: int) -> Evaluat
             return _stacked_source(evaluator.source, members, consts)
         return StackedSource([evaluator.source] * members)
 
+    def draw(tree: Any) -> dict[str, Any]:
+        assert evaluator.draw is not None
+        return by_seed([evaluator.draw(member(tree, k)) for k in range(members)])
+
+    def warn(values: Mapping[str, Any]) -> str | None:
+        assert evaluator.warn is not None
+        each = [evaluator.warn({name: value[k] for name, value in values.items()}) for k in range(members)]
+        return "; ".join(f"seed {k}: {text}" for k, text in enumerate(each) if text) or None
+
+    lifted: dict[str, Any] = {"draw": evaluator.draw and draw, "warn": evaluator.warn and warn}
     collect = _lift(evaluator.collect, batched, members, (0, 0, 0, None))
-    return dataclasses.replace(evaluator, source=source, collect=collect, finish=finish)
+    return dataclasses.replace(evaluator, source=source, collect=collect, finish=finish, **lifted)
+
+
+def by_seed(pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The pictures of an ensemble's members, each under its name and seed."""
+    return {f"{name}-seed{k}": picture for k, of in enumerate(pictures) for name, picture in of.items()}
 
 
 @cached

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from jkd.train.context import Context
-from jkd.train.log import Events, JsonLines, jsonable
+from jkd.train.log import Events, JsonLines, jsonable, png
 from jkd.train.processes import on_chief
+from jkd.train.workdir import write_bytes
 
 
 class Journal:
@@ -15,7 +16,7 @@ class Journal:
 
     Attributes:
       metrics: `{evaluator/name: value}` of the last evaluation.
-      history: `{evaluator/name: {"last", "max", "min"}}`.
+      history: `{evaluator/name: {"last", "max", "min", "steps", "values"}}`: all values, and after which steps.
     """
 
     def __init__(self, ctx: Context, stage: str, folder: str):
@@ -48,7 +49,18 @@ class Journal:
             for kind, values in {**record, "speed": rates}.items():
                 self._events.write(step, {f"{kind}/{name}": value for name, value in values.items()})
 
-    def remember(self, found: Mapping[str, Any]) -> None:
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, as PNG files and to TensorBoard."""
+        folder = self._ctx.workdir / "pictures" / self._folder
+        if not (pictures and self._ctx.chief):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            write_bytes(folder / f"{name}-{step:08d}.png", png(picture))
+            if self._events is not None:
+                self._events.picture(step, name, picture)
+
+    def remember(self, step: int, found: Mapping[str, Any]) -> None:
         """Notes the values of an evaluation."""
         self.metrics.update(found)
         for name, value in found.items():
@@ -59,6 +71,8 @@ class Journal:
                     "last": value,
                     "max": value if old is None else np.fmax(old["max"], value),
                     "min": value if old is None else np.fmin(old["min"], value),
+                    "steps": [*([] if old is None else old["steps"]), step],
+                    "values": [*([] if old is None else old["values"]), value],
                 }
             )
 

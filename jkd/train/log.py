@@ -1,6 +1,7 @@
 """What a run says: a progress bar, JSON lines, TensorBoard events."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -102,9 +104,26 @@ class Events:
         for name, value in metrics.items():
             self._writer.add_scalar(name, float(np.mean(value)), step)
 
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Adds uint8[height, width] or uint8[height, width, 3]."""
+        self._writer.add_image(name, pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
+
     def close(self) -> None:
         """Flushes and closes the file."""
         self._writer.close()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8[height, width] or uint8[height, width, 3].
+
+    Raises:
+      UserError: for other shapes or dtypes.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        raise UserError(f"A picture must be uint8[H, W] or uint8[H, W, 3], got {pixels.dtype}{list(pixels.shape)}.")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 class Mark(NamedTuple):

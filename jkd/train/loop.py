@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from rich.markup import escape
 
 from jkd.errors import UserError
 from jkd.train import workdir as workdirs
@@ -32,7 +33,7 @@ from jkd.train.log import Meter, brief, jsonable
 from jkd.train.member import Member
 from jkd.train.mesh import DEFAULT_RULES, Rules, cross, make_mesh, place, tree_shardings
 from jkd.train.outcome import check_run, read_outcome
-from jkd.train.passes import Residents, batch_axis, evaluate, evaluate_members
+from jkd.train.passes import Findings, Residents, batch_axis, examine, examine_members
 from jkd.train.peers import Peers
 from jkd.train.processes import barrier
 from jkd.train.profile import Profile, parse_span
@@ -347,22 +348,25 @@ class _StageRun:
         found = {}
         for name, evaluator in self.stage.evaluators.items():
             if final or (evaluator.every and self.t % evaluator.every == 0):
-                values = self._evaluate_one(name, published)
-                found.update({f"{name}/{metric}": value for metric, value in values.items()})
+                one = self._evaluate_one(name, published)
+                found.update({f"{name}/{metric}": value for metric, value in one.metrics.items()})
+                self.journal.show(self.t, {f"{name}-{what}": picture for what, picture in one.pictures.items()})
+                for text in one.warnings:
+                    self.ctx.say(f"[yellow]Stage {self.stage.name}, step {self.t}: {escape(text)}[/yellow]")
         if found:
-            self.journal.remember(found)
+            self.journal.remember(self.t, found)
             self.journal.write(self.t, {"evaluation": found}, {})
 
-    def _evaluate_one(self, name: str, published: Any) -> Mapping[str, Any]:
+    def _evaluate_one(self, name: str, published: Any) -> Findings:
         evaluator = self.stage.evaluators[name]
         watch = functools.partial(self.ctx.progress.at, f"evaluator {name}")
         named: Any = {"mesh": self.ctx.mesh, "residents": self.ctx.residents, "watch": watch}
         sources = [m.evaluation_sources[name] for m in self.members]
         if self.stage.looped:
             consts = [m.consts for m in self.members]
-            return evaluate_members(evaluator, published, consts, sources=sources, **named)
+            return examine_members(evaluator, published, consts, sources=sources, **named)
         consts = self.members[0].consts
-        return evaluate(evaluator, published, consts, source=sources[0], **named)
+        return examine(evaluator, published, consts, source=sources[0], **named)
 
     def _save_outcome(self) -> None:
         info = {

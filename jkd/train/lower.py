@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jkd.nn.platform import tracing_for
 from jkd.train.checkpoint import is_key
 from jkd.train.ensemble import previous_of, stack
 from jkd.train.flops import count_flops
@@ -162,7 +163,9 @@ def _lower(stage: Stage, source: Any, plan: Plan, key: Any, mesh: Mesh, rules: R
         jax.ShapeDtypeStruct(step_key.shape, step_key.dtype, sharding=whole),
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
-    traced, programs = program.jitted(*args).trace(*args), stage.members if stage.looped else 1
+    with tracing_for(mesh.devices.flat[0].platform):
+        traced = program.jitted(*args).trace(*args)
+    programs = stage.members if stage.looped else 1
     return LoweredStage(stage.name, traced.lower(), images, programs, examples, count_flops(traced.jaxpr))
 
 

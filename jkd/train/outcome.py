@@ -14,7 +14,7 @@ from jkd.errors import UserError, nearest
 from jkd.train.checkpoint import build_plain, is_stored, load_meta, load_plain
 from jkd.train.ensemble import member
 from jkd.train.mesh import DEFAULT_RULES, Rules, make_mesh, place
-from jkd.train.passes import Residents, evaluate, evaluate_members
+from jkd.train.passes import Residents, evaluate, examine_members
 from jkd.train.stage import Outcome, Stage, check_stages
 from jkd.train.workdir import folder_of, stage_folder
 
@@ -79,7 +79,8 @@ def evaluate_outcome(
     for name, evaluator in stage.evaluators.items():
         if stage.looped:
             consts = [place(member(outcome.consts, k), mesh) for k in range(stage.members)]
-            values = evaluate_members(evaluator, outcome.published, consts, mesh=mesh, residents=residents)
+            found_each = examine_members(evaluator, outcome.published, consts, mesh=mesh, residents=residents)
+            values = found_each.metrics
         else:
             values = evaluate(evaluator, outcome.published, outcome.consts, mesh=mesh, residents=residents)
         found |= {f"{name}/{metric}": value for metric, value in values.items()}

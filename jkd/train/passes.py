@@ -1,7 +1,7 @@
 """Passes over a whole source: sweeps that prepare a stage, and evaluations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jkd.errors import UserError
 from jkd.train.caches import cached
-from jkd.train.ensemble import member
+from jkd.train.ensemble import by_seed, member
 from jkd.train.mesh import (
     DEFAULT_RULES,
     Rules,
@@ -132,7 +132,26 @@ def evaluation_source(evaluator: Evaluator, consts: Any, mesh: Mesh) -> Any:
     return source.in_order()
 
 
-def evaluate(
+class Findings(NamedTuple):
+    """What an evaluator found: its metrics, pictures by name, and what is to be said aloud."""
+
+    metrics: Mapping[str, Any]
+    pictures: Mapping[str, Any]
+    warnings: list[str]
+
+
+def _findings(evaluator: Evaluator, tree: Any) -> Findings:
+    metrics = evaluator.finish(tree)
+    warning = evaluator.warn(metrics) if evaluator.warn else None
+    return Findings(metrics, evaluator.draw(tree) if evaluator.draw else {}, [warning] if warning else [])
+
+
+def evaluate(evaluator: Evaluator, published: Any, consts: Any, **options: Any) -> Mapping[str, Any]:
+    """The metrics that `examine` finds, which takes the same arguments."""
+    return examine(evaluator, published, consts, **options).metrics
+
+
+def examine(
     evaluator: Evaluator,
     published: Any,
     consts: Any,
@@ -141,8 +160,8 @@ def evaluate(
     residents: Residents | None = None,
     source: Any = None,
     watch: Callable[[], None] | None = None,
-) -> Mapping[str, Any]:
-    """Runs one evaluator over its whole source and returns the metrics that its `finish` computes.
+) -> Findings:
+    """Runs one evaluator over its whole source.
 
     The last batch is padded by the source and masked; every batch has one shape, so that each evaluator
     compiles once. `source` is what `evaluation_source` made for these consts, where that has been done already;
@@ -165,11 +184,11 @@ def evaluate(
             sums = program[0](*args) if sums is None else program[1](sums, *args)
             jax.block_until_ready(sums)
     if evaluator.kind == "gather":
-        return evaluator.finish(jax.tree.map(lambda *xs: np.concatenate(xs, axis=axis), *rows))
-    return evaluator.finish(jax.device_get(sums))
+        return _findings(evaluator, jax.tree.map(lambda *xs: np.concatenate(xs, axis=axis), *rows))
+    return _findings(evaluator, jax.device_get(sums))
 
 
-def evaluate_members(
+def examine_members(
     evaluator: Evaluator,
     published: Any,
     consts: Sequence[Any],
@@ -178,14 +197,16 @@ def evaluate_members(
     residents: Residents,
     sources: Sequence[Any] | None = None,
     watch: Callable[[], None] | None = None,
-) -> Mapping[str, Any]:
-    """Runs one evaluator on every member of a looped ensemble: metrics of shape [members].
+) -> Findings:
+    """Runs one evaluator on every member of a looped ensemble: metrics of shape [members], pictures by seed.
 
     `published` has a leading axis of members; `consts` holds each member's own, `sources` their evaluation sources.
     """
     sources = sources or [None] * len(consts)
     each = [
-        evaluate(evaluator, member(published, k), own, mesh=mesh, residents=residents, source=source, watch=watch)
+        examine(evaluator, member(published, k), own, mesh=mesh, residents=residents, source=source, watch=watch)
         for k, (own, source) in enumerate(zip(consts, sources, strict=True))
     ]
-    return {name: np.asarray([values[name] for values in each]) for name in each[0]}
+    metrics = {name: np.asarray([of.metrics[name] for of in each]) for name in each[0].metrics}
+    pictures = by_seed([of.pictures for of in each])
+    return Findings(metrics, pictures, [f"seed {k}: {text}" for k, of in enumerate(each) for text in of.warnings])

@@ -44,6 +44,9 @@ class Evaluator:
         rows in the order of the source, without padding.
       finish: `finish(tree) -> {name: float}` on the host, from numpy arrays.
       every: steps between evaluations; 0 evaluates only at the end of the stage (which always happens).
+      draw: `draw(tree) -> {name: uint8[height, width] or uint8[height, width, 3]}` on the host, from what `finish`
+        gets: pictures for the run's folder and TensorBoard.
+      warn: `warn(metrics) -> str | None` on the host, from what `finish` returns: what the run says aloud.
     """
 
     source: Any
@@ -51,6 +54,8 @@ class Evaluator:
     finish: Callable[[Any], Mapping[str, Any]]
     kind: str = "sum"
     every: int = 0
+    draw: Callable[[Any], Mapping[str, Any]] | None = None
+    warn: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:

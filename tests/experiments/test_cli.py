@@ -215,7 +215,8 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"python -m experiments.{command} " in out
-    assert ("--coordinator HOST:PORT" in out) == (command not in ("plan", "reproduce", "export", "sweep", "projection"))
+    alone = ("plan", "reproduce", "export", "sweep", "projection", "sample", "fingerprints")  # one process
+    assert ("--coordinator HOST:PORT" in out) == (command not in alone)
     assert "--config.NAME=VALUE" in out
 
 

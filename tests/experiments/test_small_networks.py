@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers_experiments import QUIET, published
@@ -66,7 +65,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def tickets(tmp_path_factory):
-    return smoke_run(tmp_path_factory, "lottery_tickets", "dense", "imp_5", "imp_shuffled_5", "init_5")
+    return smoke_run(tmp_path_factory, "lottery_tickets", "dense", "imp_5", "imp_shuffled_5")
 
 
 def test_a_ticket_that_keeps_all_ends_where_the_whole_network_does(tickets):
@@ -105,9 +104,12 @@ def test_tickets_start_where_they_say(tickets):
     whole = train.load_outcome(tickets, "whole")
     masks = train.load_outcome(tickets, "imp_5").consts["masks"]
     keys, consts = stages["whole"].key, {"masks": masks}
-    starts = {n: stages[n].init(keys, {"whole": whole}, consts) for n in ("imp_5", "init_5", "imp_fresh_5")}
+    starts = jax.jit(
+        lambda keys: {n: stages[n].init(keys, {"whole": whole}, consts) for n in ("imp_5", "init_5", "imp_fresh_5")}
+    )(keys)
     mask = masks["hidden1"]["kernel"]
-    for name, wanted in (("imp_5", late["params"]), ("init_5", jax.vmap(found.setup.initialize)(keys)["params"])):
+    initial = jax.jit(jax.vmap(found.setup.initialize))(keys)
+    for name, wanted in (("imp_5", late["params"]), ("init_5", initial["params"])):
         same(starts[name].params["hidden1"]["kernel"], np.where(mask, wanted["hidden1"]["kernel"], 0))
     counts = {
         name: [int(x[0]) for p, x in named(s.opt_state).items() if p.endswith("count")] for name, s in starts.items()
@@ -144,7 +146,9 @@ def test_tickets_transfer(tickets, tmp_path):
 
 @pytest.fixture(scope="module")
 def generations(tmp_path_factory):
-    return smoke_run(tmp_path_factory, "knowledge_evolution", "kels", "wels", "born_again", "dsd")
+    # Two generations of an arm are enough where no test asks for the third.
+    fewer = ("arms.wels.generations=2", "arms.born_again.generations=2")
+    return smoke_run(tmp_path_factory, "knowledge_evolution", "kels", "wels", "born_again", "dsd", changes=fewer)
 
 
 def test_generations_inherit_the_fit_hypothesis(generations):
@@ -154,9 +158,9 @@ def test_generations_inherit_the_fit_hypothesis(generations):
     assert set(stages) == {"long", *(f"{arm}{g}" for arm in arms for g in ("_g1", "_g2", ""))}
     assert stages["kels"].step is stages["kels_g1"].step  # one compiled program
     assert stages["long"].num_steps == pytest.approx(3 * stages["kels"].num_steps, abs=1)
-    for arm in ("kels", "wels"):
+    for arm, second in (("kels", "kels_g2"), ("wels", "wels")):
         before = train.load_outcome(generations, f"{arm}_g1")
-        masks = train.load_outcome(generations, f"{arm}_g2").consts["masks"]
+        masks = train.load_outcome(generations, second).consts["masks"]
         same(masks, before.consts["masks"])
         state = jax.jit(stages[f"{arm}_g2"].init)(stages["long"].key, {f"{arm}_g1": before}, {"masks": masks})
         for path, mask in kernels(masks).items():
@@ -195,7 +199,7 @@ def test_the_slim_network_is_measured(generations):
     task = evolution.setup.task
     batch = task.part({"rows": {"test": np.arange(len(task.test))}}, "test", 500).batch(0)
     views = evolution.setup.views["weak"]
-    logits = evolution.slim.model.apply(slim, views.plain(jnp.asarray(batch["image"]))).logits
+    logits = jax.jit(lambda x: evolution.slim.model.apply(slim, views.plain(x)).logits)(batch["image"])
     right = 100 * float((logits.argmax(-1) == batch["label"]).mean())
     assert metrics(generations, "kels")["slim/top1"][0] == pytest.approx(right, abs=0.21)
     ratios = [metrics(generations, name)["magnitude/ratio"] for name in ("kels_g1", "kels_g2")]
@@ -225,7 +229,7 @@ def test_low_bit_stages_hold_levels(levels):
     assert (fixed["latent"] != start["latent"]).any()
     for stage, bits in (("nearest_2", 2), ("direct_2", 2), ("w2a2", 2), ("lq_1", 1)):
         params = jax.tree.map(lambda x: x[0], published(levels, stage)["params"])
-        kernel = np.asarray(quantize.direct()(params)["hidden1"]["kernel"])
+        kernel = np.asarray(jax.jit(quantize.direct())(params)["hidden1"]["kernel"])
         columns = kernel.T if stage == "lq_1" else [kernel.ravel()]
         assert max(len(np.unique(column)) for column in columns) <= 2**bits
     assert (np.asarray(metrics(levels, "direct_2")["choices/changed"]) > 0).all()
@@ -257,9 +261,10 @@ def test_scaled_channels_leave_the_function_alone():
     config = cli.load_config("configs/learnable_levels.py:channels", {"seeds": 1})
     setup = networks.Setup.of(config)
     variables = setup.initialize(jax.random.key(0))
-    large = learnable_levels.scaled(variables, 6, 30.0)
+    large = jax.jit(lambda v: learnable_levels.scaled(v, 6, 30.0))(variables)
     x = jax.random.normal(jax.random.key(1), (5, 8, 8, 1))
-    plain, other = (setup.model.apply(v, x) for v in (variables, large))
+    apply = jax.jit(setup.model.apply)
+    plain, other = (apply(v, x) for v in (variables, large))
     np.testing.assert_allclose(other.logits, plain.logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(other.features["pool"][:, :6], 30 * plain.features["pool"][:, :6], rtol=1e-4)
 
@@ -278,7 +283,7 @@ def test_students_are_pruned_low_bit_and_distilled(students, tmp_path):
         variables = jax.tree.map(lambda x: x[0], published(students, arm))
         mask = np.asarray(variables["masks"]["hidden1"]["kernel"])
         kept.append(mask)
-        kernel = np.asarray(quantize.direct()(variables["params"])["hidden1"]["kernel"])
+        kernel = np.asarray(jax.jit(quantize.direct())(variables["params"])["hidden1"]["kernel"])
         assert mask.sum() == int(0.1 * mask.size)
         assert len(np.unique(kernel)) <= 4
         assert variables["params"]["head"]["kernel"].shape == (8, 10)

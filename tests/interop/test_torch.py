@@ -67,6 +67,7 @@ ROUND = [
     nn.MobileNetV2(10, (1, 2), (4, 4, 6, 8), "cifar"),
     nn.DenseNet(10, (2, 1), (6, 4), 4, 6),
     nn.GoogLeNet(10, (4, 4, 5), (((2, 3, 4, 2, 3, 4),) * 2, ((4, 3, 2, 2, 2, 3),))),
+    nn.inception_v3(10, multiplier=0.02),
     nn.mlp(10, hidden=(5, 4)),
 ]
 
@@ -115,11 +116,28 @@ def test_round_trips(model):
         (nn.googlenet(), "torchvision", "block2_4/branch3_0/norm", "inception4e.branch3.0.bn"),
         (nn.googlenet(), "torchvision", "block3_1/branch2_1/conv", "inception5b.branch2.1.conv"),
         (nn.googlenet(), "torchvision", "block3_1/branch4/norm", "inception5b.branch4.1.bn"),
+        (nn.inception_v3(), "torchvision", "stem3/norm", "Conv2d_2b_3x3.bn"),
+        (nn.inception_v3(), "torchvision", "stem5/conv", "Conv2d_4a_3x3.conv"),
+        (nn.inception_v3(), "torchvision", "block1_2/branch_pool/norm", "Mixed_5d.branch_pool.bn"),
+        (nn.inception_v3(), "torchvision", "block2_0/branch3x3dbl_3/conv", "Mixed_6a.branch3x3dbl_3.conv"),
+        (nn.inception_v3(), "torchvision", "block3_2/branch3x3_2b/conv", "Mixed_7c.branch3x3_2b.conv"),
         (nn.cnn(), "jkd", "stem/conv", "stem.conv"),
     ],
 )
 def test_names_of_other_code(model, style, layer, module):
     assert module_name(layer, rules(model, style)) == module
+
+
+@pytest.mark.parametrize(
+    ("model", "aux"),
+    [(nn.GoogLeNet(10, (4, 4, 5), (((2, 3, 4, 2, 3, 4),),)), "aux1.fc1"), (ROUND[-2], "AuxLogits.conv0.bn")],
+)
+def test_auxiliary_heads_are_left_out(model, aux):
+    variables = random_variables(model)
+    given = {**to_torch(model, variables), f"{aux}.weight": np.ones(3), f"{aux}.num_batches_tracked": np.zeros(())}
+    assert_equal(from_torch(model, given), variables)
+    with pytest.raises(UserError, match="auxiliary is unknown"):
+        from_torch(model, {**given, "auxiliary": np.ones(3)})
 
 
 def test_prefixes_counters_and_dtypes(state_dict):

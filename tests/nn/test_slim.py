@@ -23,6 +23,11 @@ FAMILIES = {
         0.5,
         (16, 16, 3),
     ),
+    "inception_v3": (
+        nn.InceptionV3(5, False, (3, 4, 2, 5, 6), (((4, 3, 5, 2, 3, 7, 4),), ((5, 2, 3, 4),))),
+        0.5,
+        (75, 75, 3),
+    ),
 }
 families = pytest.mark.parametrize(("model", "rate", "shape"), FAMILIES.values(), ids=FAMILIES)
 

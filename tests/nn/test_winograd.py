@@ -24,6 +24,7 @@ def normal(seed, *shape, dtype=np.float32):
 @pytest.fixture
 def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(winograd, "WORK", 0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
@@ -111,6 +112,18 @@ def fits(images=IMAGES, kernel=KERNEL, dtype=jnp.float32, strides=(1, 1), paddin
 def test_only_what_gains_is_replaced(one_device, change):
     assert fits()
     assert not fits(**change)
+
+
+def test_little_work_is_not_worth_compiling(one_device, monkeypatch):
+    monkeypatch.setattr(winograd, "WORK", 8 * 8 * 8 * 9 * 32 * 64)
+    assert fits()
+    assert not fits(images=(7, 8, 8, 32))
+
+
+def test_it_can_be_switched_off(one_device):
+    with winograd.direct_only():
+        assert not fits()
+    assert fits()
 
 
 def test_several_devices_keep_the_convolution_that_can_be_partitioned():

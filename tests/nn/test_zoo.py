@@ -1,4 +1,4 @@
-"""WRN, VGG, ShuffleNets, MobileNets, DenseNet, GoogLeNet, bottleneck ResNet: sizes, taps, layers, initial values."""
+"""WRN, VGG, ShuffleNets, MobileNets, DenseNet, Inceptions, bottleneck ResNet: sizes, taps, layers, initial values."""
 
 import collections
 import functools
@@ -32,6 +32,7 @@ SMALL = {
     "mobilenet_v2": (nn.MobileNetV2(5, (1, 2, 1), (4, 6, 4, 8, 12)), 16),
     "densenet": (nn.DenseNet(5, (2, 1), (6, 4), 3, 4), 8),
     "googlenet": (nn.GoogLeNet(5, (3, 4, 5), (((2, 3, 4, 2, 3, 4),), ((4, 3, 2, 2, 2, 3),))), 8),
+    "inception_v3": (nn.InceptionV3(5, False, (2,) * 5, (((2,) * 7,), ((2,) * 4, (3,) * 10))), 75),
 }
 # Units, and images that they halve.
 UNITS = {
@@ -324,6 +325,7 @@ def test_bfloat16_computes_low_and_keeps_the_rest_wide(model, side):
         ("mobilenet_v2", 6),
         ("densenet", 5),
         ("googlenet", 3),
+        ("inception_v3", 4),
     ],
 )
 def test_rematerialization_finds_every_unit(name, kept):

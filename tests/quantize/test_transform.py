@@ -103,7 +103,7 @@ def test_a_model_is_quantized_but_for_its_ends(variables):
         assert len(np.unique(kernel)) == 4
         assert np.corrcoef(np.ravel(kernel), np.ravel(before))[0, 1] > 0.9
         assert jax.tree.all(jax.tree.map(np.array_equal, joined[block]["norm"], params[block]["norm"]))
-    assert np.isfinite(MODEL.apply({**variables, "params": joined}, IMAGES).logits).all()
+    assert np.isfinite(jax.jit(MODEL.apply)({**variables, "params": joined}, IMAGES).logits).all()
 
 
 def test_rules_choose_bits_by_path(variables):

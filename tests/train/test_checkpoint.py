@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from jkd import train
 from jkd.errors import UserError
-from jkd.train.checkpoint import Checkpoints, inspect_tree, load_plain, save_plain
+from jkd.train import fingerprints
+from jkd.train.checkpoint import Checkpoints, load_plain, save_plain
+from jkd.train.fingerprints import inspect_tree
 from jkd.train.mesh import DEFAULT_RULES
 
 ONE, EIGHT = train.make_mesh(devices=jax.devices()[:1]), train.make_mesh(fsdp=8)
@@ -120,11 +122,22 @@ def test_only_plain_trees_are_stored(tree, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fingerprints_do_not_depend_on_the_sharding(dtype):
-    value = tree_of_everything()["arrays"][dtype]
-    prints = [inspect_tree(train.place({"x": value}, mesh, SPLIT))["x"] for mesh in (ONE, EIGHT)]
-    assert prints[0] == prints[1]
+def test_fingerprints_do_not_depend_on_the_sharding_nor_on_who_counts(monkeypatch):
+    """Small leaves are counted by numpy, others by a program: they find the same, NaN included."""
+    tree = tree_of_everything()["arrays"]
+    tree |= {f"nan_{name}": tree[name].at[3].set(np.nan) for name in ("bfloat16", "float32", "complex64")}
+    placed = [train.place({**tree, "scalar": jnp.float32(2.5)}, mesh, SPLIT) for mesh in (ONE, EIGHT)]
+    by_numpy = [inspect_tree(one) for one in placed]
+    monkeypatch.setattr(fingerprints, "_SMALL", -1)
+    monkeypatch.setattr(fingerprints, "_inspect_at_hand", None)
+    by_program = [inspect_tree(one) for one in placed]
+    assert by_numpy[0] == by_numpy[1] == by_program[0] == by_program[1]
+    assert {name for name, found in by_numpy[0].items() if found["nan"]} == {n for n in tree if n.startswith("nan_")}
+    with jax.enable_x64(True):
+        wide = {"x": jnp.asarray([0.1, -3.0, 1e300]), "z": jnp.asarray([1 + 2j, -0.1j]), "i": jnp.arange(5)}
+        found = inspect_tree(wide)
+        monkeypatch.undo()
+        assert inspect_tree(wide) == found
 
 
 WORDS = np.arange(16, dtype=np.uint32)

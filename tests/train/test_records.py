@@ -64,7 +64,7 @@ def test_results_hold_last_best_and_worst(tmp_path):
     assert results["count"] == {
         "steps": 4,
         "metrics": {"seen/x": 2},
-        "history": {"seen/x": {"last": 2, "max": 5, "min": -1}},
+        "history": {"seen/x": {"last": 2, "max": 5, "min": -1, "steps": [1, 2, 3, 4], "values": [3, -1, 5, 2]}},
     }
 
 
