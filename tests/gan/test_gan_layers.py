@@ -81,7 +81,7 @@ def test_resampling_in_pytorch(peer):
 @pytest.mark.parametrize("name", FORMS)
 def test_resampled_convolutions_in_pytorch(name, peer):
     ours, _, kernel = FORMS[name]
-    np.testing.assert_allclose(ours(X, kernel), peer(name, X, kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours(jnp.asarray(X), jnp.asarray(kernel)), peer(name, X, kernel), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMS)
