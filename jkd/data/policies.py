@@ -141,7 +141,7 @@ def auto_augment(key: PRNGKeyArray, images: Bytes, policy: str = "cifar10", *, f
 
 
 def apply_operations(
-    images: Bytes, operations: Int[Array, "batch"], strengths: Float[Array, "batch"], *, fill: int = 128
+    images: Bytes, operations: Int[Array, " batch"], strengths: Float[Array, " batch"], *, fill: int = 128
 ) -> Bytes:
     """Applies to each image one of the `OPERATIONS`, by its index, at a strength s in [-1, 1].
 

@@ -59,7 +59,7 @@ def batch_pair(
     return student, teacher
 
 
-def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> Int[Array, "batch"]:
+def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> Int[Array, " batch"]:
     """`labels` as int32, one for each row of `logits`.
 
     Raises:
@@ -74,7 +74,7 @@ def class_labels(labels: ArrayLike, logits: Float[Array, "batch classes"]) -> In
     return integer_labels(labels, classes)
 
 
-def integer_labels(labels: ArrayLike, classes: int) -> Int[Array, "batch"]:
+def integer_labels(labels: ArrayLike, classes: int) -> Int[Array, " batch"]:
     """`labels` as an int32 vector.
 
     Raises:
@@ -90,7 +90,7 @@ def integer_labels(labels: ArrayLike, classes: int) -> Int[Array, "batch"]:
     return jnp.asarray(labels).astype(jnp.int32)
 
 
-def known_class(labels: Int[Array, "batch"], classes: int) -> Bool[Array, "batch"]:
+def known_class(labels: Int[Array, " batch"], classes: int) -> Bool[Array, " batch"]:
     """True where a label names one of the `classes`; losses turn the other rows into NaN.
 
     Indexing would take -1 for the last class, and a one-hot row for it would be all zeros: both hide
@@ -99,7 +99,7 @@ def known_class(labels: Int[Array, "batch"], classes: int) -> Bool[Array, "batch
     return (labels >= 0) & (labels < classes)
 
 
-def batch_temperature(temperature: ArrayLike, logits: Float[Array, "batch classes"]) -> Float[Array, "batch"]:
+def batch_temperature(temperature: ArrayLike, logits: Float[Array, "batch classes"]) -> Float[Array, " batch"]:
     """`temperature`, a scalar or one for each example, as one for each example.
 
     Raises:

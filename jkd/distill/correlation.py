@@ -44,8 +44,8 @@ def mix_teacher_logits(
 
 
 def _value_cosines(
-    student: Float[Array, "batch classes"], teacher: Float[Array, "batch classes"], t: Float[Array, "batch"]
-) -> tuple[Float[Array, "batch"], Float[Array, "classes"]]:
+    student: Float[Array, "batch classes"], teacher: Float[Array, "batch classes"], t: Float[Array, " batch"]
+) -> tuple[Float[Array, " batch"], Float[Array, " classes"]]:
     soft = soft_classes(student, teacher, t)
     return cosine_similarity(*soft, axis=1), cosine_similarity(*soft, axis=0)
 
@@ -54,7 +54,7 @@ def correlation_value_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     weight: Scalar = 2.0,
 ) -> Float[Array, ""]:
     """One minus the uncentered correlation of probabilities, of each example and of each class over the batch.
@@ -98,7 +98,7 @@ def rank_correlation(
     rank_mode: str = "hard",
     tau: Scalar = 1.0,
     chunk: int | None = None,
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """Spearman's correlation between the orders in which student and teacher put the classes of each example.
 
         rho_b = centered cosine of rank(z_s,b) and hard_rank(z_t,b)
@@ -161,7 +161,7 @@ def correlation_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     value_weight: Scalar = 2.0,
     rank_weight: Scalar = 2.0,
     rank_mode: str = "hard",
@@ -185,18 +185,18 @@ def correlation_loss(
 class R2KDTerms(NamedTuple):
     """What correlation distillation compares; cosines and rank correlations without weights or T^2."""
 
-    cross_entropy: Float[Array, "batch"]
-    sample_cosine: Float[Array, "batch"]
-    class_cosine: Float[Array, "classes"]
-    rank_correlation: Float[Array, "batch"]
+    cross_entropy: Float[Array, " batch"]
+    sample_cosine: Float[Array, " batch"]
+    class_cosine: Float[Array, " classes"]
+    rank_correlation: Float[Array, " batch"]
 
 
 def r2kd_terms(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     rank_mode: str = "hard",
     tau: Scalar = 1.0,
     chunk: int | None = None,
@@ -223,9 +223,9 @@ def r2kd_terms(
 def r2kd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     ce_weight: Scalar = 1.0,
     value_weight: Scalar = 2.0,
     rank_weight: Scalar = 2.0,
@@ -277,7 +277,7 @@ def r2kd_loss(
     return cross_entropy(student_logits, labels) * ce_weight + correlation
 
 
-def keep_most_uncertain(teacher_logits: Float[Tensor, "batch classes"], share: float) -> Int[Array, "kept"]:
+def keep_most_uncertain(teacher_logits: Float[Tensor, "batch classes"], share: float) -> Int[Array, " kept"]:
     """Indices of the examples whose teacher is least certain, the most uncertain first.
 
         H_b = -sum_k p_k ln p_k,    p = softmax(z_b);    n = max(1, round(share batch)) examples of highest H

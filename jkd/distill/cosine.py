@@ -13,7 +13,7 @@ from jkd.similarity import EPS, cosine_similarity
 
 
 def soft_classes(
-    student: Float[Array, "batch classes"], teacher: Float[Array, "batch classes"], t: Float[Array, "batch"]
+    student: Float[Array, "batch classes"], teacher: Float[Array, "batch classes"], t: Float[Array, " batch"]
 ) -> tuple[Array, Array]:
     """The probabilities of both, each row at its own temperature."""
     return jax.nn.softmax(student / t[:, None]), jax.nn.softmax(teacher / t[:, None])
@@ -22,7 +22,7 @@ def soft_classes(
 def cosine_gap(
     student: Float[Array, "batch classes"],
     teacher: Float[Array, "batch classes"],
-    t: Float[Array, "batch"],
+    t: Float[Array, " batch"],
     weight: Scalar,
     eps: Scalar = EPS,
 ) -> Float[Array, ""]:
@@ -34,10 +34,10 @@ def cosine_gap(
 def class_cosine(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    temperature: Scalar | Num[Tensor, "batch"] = 1.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 1.0,
     *,
     eps: Scalar = EPS,
-) -> Float[Array, "classes"]:
+) -> Float[Array, " classes"]:
     """How alike student and teacher spread each class over the batch, as a measure or as part of a loss.
 
         c_j = cos(p_s[:, j], p_t[:, j]),    p = softmax(z / T) over the CLASSES, cosine over the BATCH
@@ -65,7 +65,7 @@ def class_cosine(
 def batch_cosine_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    temperature: Scalar | Num[Tensor, "batch"],
+    temperature: Scalar | Num[Tensor, " batch"],
     *,
     weight: Scalar = 2.0,
     eps: Scalar = EPS,
@@ -102,7 +102,7 @@ def cswt_temperature(
     t_low: Scalar = 2.0,
     t_high: Scalar = 6.0,
     eps: Scalar = 1e-8,
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """Cosine similarity weighted temperature: low where student and teacher agree, high where they do not.
 
         T_b = t_low + (t_high - t_low) (s_max - s_b) / max(s_max - s_min, eps)
@@ -140,19 +140,19 @@ def cswt_temperature(
 class CSKDTerms(NamedTuple):
     """The parts of cosine similarity distillation; weight and T^2 are included in both losses."""
 
-    cross_entropy: Float[Array, "batch"]
+    cross_entropy: Float[Array, " batch"]
     cosine: Float[Array, ""]
     cswt: Float[Array, ""]
-    class_cosine: Float[Array, "classes"]
-    temperature: Float[Array, "batch"]
+    class_cosine: Float[Array, " classes"]
+    temperature: Float[Array, " batch"]
 
 
 def cskd_terms(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     weight: Scalar = 2.0,
     t_low: Scalar = 2.0,
     t_high: Scalar = 6.0,
@@ -179,9 +179,9 @@ def cskd_terms(
 def cskd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     weight: Scalar = 2.0,
     ce_weight: Scalar = 1.0,
     kd_weight: Scalar = 1.0,

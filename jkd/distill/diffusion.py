@@ -19,21 +19,21 @@ class ClassSums(NamedTuple):
     """The sum of the features of each class and the number of its examples: add them over batches."""
 
     total: Float[Array, "classes features"]
-    counts: Int[Array, "classes"]
+    counts: Int[Array, " classes"]
 
 
 class ClassCentroids(NamedTuple):
     """The mean feature of each class, NaN for a class without examples, and the number of its examples."""
 
     centroids: Float[Array, "classes features"]
-    counts: Int[Array, "classes"]
+    counts: Int[Array, " classes"]
 
 
 def class_sums(
     features: Float[Tensor, "batch features"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     num_classes: int,
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> ClassSums:
     """Sums and counts of the features by class; float32 sums at least, int32 counts.
 
@@ -70,15 +70,15 @@ def centroids_from_sums(sums: ClassSums) -> ClassCentroids:
 
 def class_centroids(
     features: Float[Tensor, "batch features"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     num_classes: int,
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> ClassCentroids:
     """`centroids_from_sums(class_sums(...))`, where all examples are at hand; arguments as `class_sums`."""
     return centroids_from_sums(class_sums(features, labels, num_classes, mask))
 
 
-def _class_mask(mask: Tensor | None, classes: int) -> Bool[Array, "classes"]:
+def _class_mask(mask: Tensor | None, classes: int) -> Bool[Array, " classes"]:
     if mask is None:
         return jnp.ones(classes, bool)
     if jnp.shape(mask) != (classes,):
@@ -88,7 +88,7 @@ def _class_mask(mask: Tensor | None, classes: int) -> Bool[Array, "classes"]:
 
 def centroid_distances(
     centroids: Float[Tensor, "classes features"],
-    mask: Bool[Tensor, "classes"] | None = None,
+    mask: Bool[Tensor, " classes"] | None = None,
     normalize: bool = True,
 ) -> Float[Array, "classes classes"]:
     """Euclidean distances of all pairs of centroids, by default in units of their mean.
@@ -132,9 +132,9 @@ class DiffusionIndex(NamedTuple):
     `coincident` counts the references of distance 0 that were left out, for each class.
     """
 
-    similar: Float[Array, "classes"]
-    dissimilar: Float[Array, "classes"]
-    coincident: Int[Array, "classes"]
+    similar: Float[Array, " classes"]
+    dissimilar: Float[Array, " classes"]
+    coincident: Int[Array, " classes"]
 
 
 def _check_groups(similar: ArrayLike, mask: ArrayLike | None) -> None:
@@ -154,7 +154,7 @@ def diffusion_index(
     d_ref: Float[Tensor, "classes classes"],
     d_T: Float[Tensor, "classes classes"],
     similar: Bool[Tensor, "classes classes"],
-    mask: Bool[Tensor, "classes"] | None = None,
+    mask: Bool[Tensor, " classes"] | None = None,
 ) -> DiffusionIndex:
     """How far the classes moved towards each other between a reference and a student at temperature T.
 
@@ -206,7 +206,7 @@ def diffusion_index(
 
 
 def similar_class_mask(
-    reference_centroids: Float[Tensor, "classes features"], m: int, mask: Bool[Tensor, "classes"] | None = None
+    reference_centroids: Float[Tensor, "classes features"], m: int, mask: Bool[Tensor, " classes"] | None = None
 ) -> Bool[Array, "classes classes"]:
     """For each class its m nearest ones, by the centroids of a network that is not among those compared.
 
@@ -234,7 +234,7 @@ def similar_class_mask(
     return jax.nn.one_hot(places, classes, dtype=bool).any(axis=1) & pairs
 
 
-def superclass_mask(superclass: Integer[Tensor, "classes"]) -> Bool[Array, "classes classes"]:
+def superclass_mask(superclass: Integer[Tensor, " classes"]) -> Bool[Array, "classes classes"]:
     """Row c is True for the other classes of c's super-class.
 
     Args:

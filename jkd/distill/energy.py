@@ -55,7 +55,7 @@ def _check_rates(low_rate: float, high_rate: float) -> None:
         raise UserError(f"low_rate + high_rate must be at most 1, got {low_rate} + {high_rate}.")
 
 
-def energy_thresholds(energies: Float[Tensor, "examples"], low_rate: float, high_rate: float) -> EnergyThresholds:
+def energy_thresholds(energies: Float[Tensor, " examples"], low_rate: float, high_rate: float) -> EnergyThresholds:
     """The two energies that cut off the most certain and the most uncertain part of a training set.
 
         e_low = e_(n_low),    e_high = e_(N - 1 - n_high),    n = int(N rate),    e_(0) <= ... <= e_(N - 1)
@@ -103,14 +103,14 @@ def check_threshold(name: str, value: ArrayLike) -> None:
 
 
 def energy_temperature(
-    energy: Float[Tensor, "batch"],
+    energy: Float[Tensor, " batch"],
     e_low: Scalar,
     e_high: Scalar,
     *,
     t_low: Scalar = 2.0,
     t_mid: Scalar = 4.0,
     t_high: Scalar = 6.0,
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """The distillation temperature of each example: LOW energy (certain) gets the HIGH temperature.
 
         T = t_high where E < e_low,    t_low where E > e_high,    t_mid elsewhere
@@ -147,16 +147,16 @@ def energy_temperature(
 class EnergyKDTerms(NamedTuple):
     """The parts of energy distillation, one value for each example; T^2 is included in `kd`."""
 
-    cross_entropy: Float[Array, "batch"]
-    kd: Float[Array, "batch"]
-    energy: Float[Array, "batch"]
-    temperature: Float[Array, "batch"]
+    cross_entropy: Float[Array, " batch"]
+    kd: Float[Array, " batch"]
+    energy: Float[Array, " batch"]
+    temperature: Float[Array, " batch"]
 
 
 def energy_kd_terms(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     e_low: Scalar,
     e_high: Scalar,
     *,
@@ -190,7 +190,7 @@ def energy_kd_terms(
 def energy_kd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     e_low: Scalar,
     e_high: Scalar,
     *,
@@ -236,17 +236,17 @@ def energy_kd_loss(
 class EnergyDKDTerms(NamedTuple):
     """The parts of decoupled energy distillation, one value for each example; T^2 is included in both parts."""
 
-    cross_entropy: Float[Array, "batch"]
-    tckd: Float[Array, "batch"]
-    nckd: Float[Array, "batch"]
-    energy: Float[Array, "batch"]
-    temperature: Float[Array, "batch"]
+    cross_entropy: Float[Array, " batch"]
+    tckd: Float[Array, " batch"]
+    nckd: Float[Array, " batch"]
+    energy: Float[Array, " batch"]
+    temperature: Float[Array, " batch"]
 
 
 def energy_dkd_terms(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     e_low: Scalar,
     e_high: Scalar,
     *,
@@ -274,7 +274,7 @@ def energy_dkd_terms(
 def energy_dkd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     e_low: Scalar,
     e_high: Scalar,
     *,

@@ -17,8 +17,8 @@ from jkd.reduction import reduce
 class HighEnergySelection(NamedTuple):
     """Which examples to augment: `weights` is 1 for a chosen example and 0 for padding."""
 
-    indices: Int[Array, "capacity"]
-    weights: Float[Array, "capacity"]
+    indices: Int[Array, " capacity"]
+    weights: Float[Array, " capacity"]
 
 
 def high_energy_capacity(high_rate: float, batch_size: int, *, slack: float = 1.5) -> int:
@@ -44,7 +44,7 @@ def high_energy_capacity(high_rate: float, batch_size: int, *, slack: float = 1.
 
 
 def select_high_energy(
-    key: PRNGKeyArray, energy: Float[Tensor, "batch"], e_high: Scalar, capacity: int
+    key: PRNGKeyArray, energy: Float[Tensor, " batch"], e_high: Scalar, capacity: int
 ) -> HighEnergySelection:
     """The uncertain examples of a batch (E > e_high), in `capacity` slots.
 
@@ -92,7 +92,7 @@ def select_high_energy(
     return HighEnergySelection(indices, jnp.where(unknown, jnp.nan, valid.astype(energy.dtype)))
 
 
-def high_energy_partners(key: PRNGKeyArray, weights: Float[Tensor, "capacity"]) -> Int[Array, "capacity"]:
+def high_energy_partners(key: PRNGKeyArray, weights: Float[Tensor, " capacity"]) -> Int[Array, " capacity"]:
     """A random permutation of the slots that keeps valid ones (weight > 0) and padding apart.
 
     Slot i is mixed with slot partners[i]: a valid one with a valid one, sometimes with itself, as under any
@@ -125,8 +125,8 @@ def high_energy_partners(key: PRNGKeyArray, weights: Float[Tensor, "capacity"]) 
 def high_energy_kd_loss(
     student_logits: Float[Tensor, "capacity classes"],
     teacher_logits: Float[Tensor, "capacity classes"],
-    temperature: Scalar | Num[Tensor, "capacity"],
-    weights: Float[Tensor, "capacity"],
+    temperature: Scalar | Num[Tensor, " capacity"],
+    weights: Float[Tensor, " capacity"],
     *,
     reduction: str = "mean",
 ) -> Float[Array, "*reduced"]:

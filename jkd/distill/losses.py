@@ -22,7 +22,7 @@ from jkd.reduction import reduce
 
 def cross_entropy(
     student_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
     smoothing: Scalar = 0.0,
     reduction: str = "mean",
@@ -54,7 +54,7 @@ def cross_entropy(
 def kd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    temperature: Scalar | Num[Tensor, "batch"],
+    temperature: Scalar | Num[Tensor, " batch"],
     *,
     reduction: str = "mean",
 ) -> Float[Array, "*reduced"]:
@@ -88,8 +88,8 @@ def kd_loss(
 class DKDTerms(NamedTuple):
     """The two parts of decoupled distillation, one value for each example, T^2 included."""
 
-    tckd: Float[Array, "batch"]
-    nckd: Float[Array, "batch"]
+    tckd: Float[Array, " batch"]
+    nckd: Float[Array, " batch"]
 
 
 def _split(logits: Float[Array, "batch classes"], target: Bool[Array, "batch classes"]) -> tuple[Array, Array]:
@@ -107,8 +107,8 @@ def _split(logits: Float[Array, "batch classes"], target: Bool[Array, "batch cla
 def dkd_terms(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
-    temperature: Scalar | Num[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
+    temperature: Scalar | Num[Tensor, " batch"],
 ) -> DKDTerms:
     """The target-class and the non-target-class part of the distillation loss, for each example.
 
@@ -145,8 +145,8 @@ def dkd_terms(
 def dkd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
-    temperature: Scalar | Num[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
+    temperature: Scalar | Num[Tensor, " batch"],
     *,
     alpha: Scalar = 1.0,
     beta: Scalar = 8.0,

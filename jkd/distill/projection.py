@@ -29,8 +29,8 @@ def _class_ids(class_ids: ArrayLike | Sequence[int], classes: int | None = None)
 
 def head_plane_basis(
     head_kernel: Float[Tensor, "features classes"],
-    head_bias: Float[Tensor, "classes"] | None,
-    class_ids: Sequence[int] | Integer[Tensor, "chosen"],
+    head_bias: Float[Tensor, " classes"] | None,
+    class_ids: Sequence[int] | Integer[Tensor, " chosen"],
     append_bias: bool = True,
 ) -> Float[Array, "rows chosen"]:
     """An orthonormal basis of the space that the weights of some classes span.
@@ -137,10 +137,10 @@ class HeadPlane(NamedTuple):
 
 def head_plane(
     train: Float[Tensor, "train_examples features"],
-    train_labels: Integer[Tensor, "train_examples"],
+    train_labels: Integer[Tensor, " train_examples"],
     validation: Float[Tensor, "validation_examples features"],
     basis: Float[Tensor, "rows chosen"],
-    class_ids: Sequence[int] | Integer[Tensor, "chosen"],
+    class_ids: Sequence[int] | Integer[Tensor, " chosen"],
 ) -> HeadPlane:
     """The picture of a few classes: axes fitted on their training features and centroids, shown for both sets.
 

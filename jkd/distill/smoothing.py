@@ -28,7 +28,7 @@ def _check_classes(num_classes: int) -> None:
 
 
 def smooth_labels(
-    labels: Integer[Tensor, "batch"], num_classes: int, smoothing: Scalar
+    labels: Integer[Tensor, " batch"], num_classes: int, smoothing: Scalar
 ) -> Float[Array, "batch classes"]:
     """Labels as distributions that share a part of their mass evenly among all classes.
 

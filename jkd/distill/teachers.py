@@ -71,16 +71,16 @@ def teacher_mean_logits(teacher_logits: Float[Tensor, "teachers batch classes"])
 class EnsembleKDTerms(NamedTuple):
     """The parts of distillation from several teachers, for each example; T^2 is included in `kd`."""
 
-    cross_entropy: Float[Array, "batch"]
+    cross_entropy: Float[Array, " batch"]
     kd: Float[Array, "teachers batch"]
 
 
 def ensemble_kd_terms(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "teachers batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 3.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 3.0,
 ) -> EnsembleKDTerms:
     """What `ensemble_kd_loss` adds up: for each example the cross-entropy, and `kd_loss` to each teacher.
 
@@ -99,11 +99,11 @@ def ensemble_kd_terms(
 def ensemble_kd_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "teachers batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
     ce_weight: Scalar = 0.6,
     kd_weight: Scalar = 0.4,
-    temperature: Scalar | Num[Tensor, "batch"] = 3.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 3.0,
     reduction: str = "mean",
 ) -> Float[Array, "*reduced"]:
     """Cross-entropy and the mean over teachers of the distillation losses.

@@ -16,24 +16,24 @@ from jkd.similarity import cosine_similarity
 MASK_MODES = ("scale", "select")
 
 
-def _gram_cosine(student: Float[Array, "rows dim"], teacher: Float[Array, "rows dim"]) -> Float[Array, "rows"]:
+def _gram_cosine(student: Float[Array, "rows dim"], teacher: Float[Array, "rows dim"]) -> Float[Array, " rows"]:
     highest = jax.lax.Precision.HIGHEST
     grams = [jnp.matmul(p, p.T, precision=highest) for p in (student, teacher)]
     return cosine_similarity(*grams)
 
 
-def _class_correlation(student: Array, teacher: Array) -> Float[Array, "classes"]:
+def _class_correlation(student: Array, teacher: Array) -> Float[Array, " classes"]:
     return 1 - _gram_cosine(student.T, teacher.T)
 
 
-def _batch_correlation(student: Array, teacher: Array) -> Float[Array, "batch"]:
+def _batch_correlation(student: Array, teacher: Array) -> Float[Array, " batch"]:
     return 1 - _gram_cosine(student, teacher)
 
 
 def class_correlation_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    temperature: Scalar | Num[Tensor, "batch"],
+    temperature: Scalar | Num[Tensor, " batch"],
 ) -> Float[Array, ""]:
     """How much the correlations between classes differ, over a batch.
 
@@ -60,7 +60,7 @@ def class_correlation_loss(
 def batch_correlation_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
-    temperature: Scalar | Num[Tensor, "batch"],
+    temperature: Scalar | Num[Tensor, " batch"],
 ) -> Float[Array, ""]:
     """How much the correlations between the examples of a batch differ.
 
@@ -85,13 +85,13 @@ def batch_correlation_loss(
 class CSKDTwoViewTerms(NamedTuple):
     """The parts of the two-view loss: cross-entropies for each example, masked losses for the whole batch."""
 
-    cross_entropy_weak: Float[Array, "batch"]
-    cross_entropy_strong: Float[Array, "batch"]
+    cross_entropy_weak: Float[Array, " batch"]
+    cross_entropy_strong: Float[Array, " batch"]
     cosine_weak: Float[Array, ""]
     cosine_strong: Float[Array, ""]
     class_correlation: Float[Array, ""]
     batch_correlation: Float[Array, ""]
-    temperature: Float[Array, "batch"]
+    temperature: Float[Array, " batch"]
 
 
 def _masks(teacher: Float[Array, "batch classes"]) -> tuple[Array, Array]:
@@ -121,9 +121,9 @@ def cskd_two_view_terms(
     student_strong: Float[Tensor, "batch classes"],
     teacher_weak: Float[Tensor, "batch classes"],
     teacher_strong: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     weight: Scalar = 2.0,
     t_low: Scalar = 2.0,
     t_high: Scalar = 6.0,
@@ -167,9 +167,9 @@ def cskd_two_view_loss(
     student_strong: Float[Tensor, "batch classes"],
     teacher_weak: Float[Tensor, "batch classes"],
     teacher_strong: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     *,
-    temperature: Scalar | Num[Tensor, "batch"] = 4.0,
+    temperature: Scalar | Num[Tensor, " batch"] = 4.0,
     weight: Scalar = 2.0,
     ce_weight: Scalar = 1.0,
     kd_weight: Scalar = 1.0,

@@ -19,15 +19,15 @@ from jkd.trees import path_name
 DIRECTIONS = ("paper", "code")  # of the divergence in `distance_consistency_loss`
 
 
-def _log_neighbors(features: Float[Array, "batch *feature"]) -> Float[Array, "batch batch"]:
+def _log_neighbors(features: Float[Array, " batch *feature"]) -> Float[Array, "batch batch"]:
     """Logarithms of the softmax over j != i of the cosines of i and j; -inf on the diagonal."""
     cosines = pairwise_cosine(features.reshape(len(features), -1))
     return log_softmax(jnp.where(jnp.eye(len(features), dtype=bool), -jnp.inf, cosines), axis=1)
 
 
 def distance_consistency_loss(
-    feat_t: Float[Tensor, "batch *feature"],
-    feat_s: Float[Tensor, "batch *feature"],
+    feat_t: Float[Tensor, " batch *feature"],
+    feat_s: Float[Tensor, " batch *feature"],
     *,
     direction: str = "paper",
     reduction: str = "mean",
@@ -181,8 +181,8 @@ def freeze(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def anchored_latents(
-    key: Key[Array, ""], anchors: Float[Tensor, "anchors *latent"], batch: int, *, sigma: Scalar = 0.1
-) -> Float[Array, "batch *latent"]:
+    key: Key[Array, ""], anchors: Float[Tensor, " anchors *latent"], batch: int, *, sigma: Scalar = 0.1
+) -> Float[Array, " batch *latent"]:
     """Latents near a few fixed ones, whose images are judged as whole images.
 
         z_b = a_{k_b} + sigma e_b,    k_b uniform, with replacement,    e_b ~ N(0, I)

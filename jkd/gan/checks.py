@@ -19,7 +19,7 @@ def some_logits(name: str, logits: ArrayLike) -> Float[Array, "*shape"]:
     return array
 
 
-def logit_vector(name: str, logits: ArrayLike) -> Float[Array, "count"]:
+def logit_vector(name: str, logits: ArrayLike) -> Float[Array, " count"]:
     """`some_logits` with one logit for each example.
 
     Raises:
@@ -31,7 +31,7 @@ def logit_vector(name: str, logits: ArrayLike) -> Float[Array, "count"]:
     return array
 
 
-def some_batch(name: str, values: ArrayLike) -> Float[Array, "batch *example"]:
+def some_batch(name: str, values: ArrayLike) -> Float[Array, " batch *example"]:
     """`values` as an array of at least float32 whose examples have a shape, not empty.
 
     Raises:

@@ -13,14 +13,14 @@ from jkd.reduction import reduce
 from jkd.similarity import cosine_similarity, pairwise_cosine
 
 
-def _vectors(name: str, features: Float[Tensor, "batch *feature"]) -> Float[Array, "batch length"]:
+def _vectors(name: str, features: Float[Tensor, " batch *feature"]) -> Float[Array, "batch length"]:
     array = some_batch(name, features)
     return array.reshape(len(array), -1)
 
 
 def generator_contrastive_loss(
-    feat_t: Float[Tensor, "batch *feature"],
-    feat_s: Float[Tensor, "batch *feature"],
+    feat_t: Float[Tensor, " batch *feature"],
+    feat_s: Float[Tensor, " batch *feature"],
     *,
     tau: Scalar = 0.07,
     reduction: str = "mean",
@@ -54,9 +54,9 @@ def generator_contrastive_loss(
 
 
 def discriminator_contrastive_loss(
-    d_fake: Float[Tensor, "batch *feature"],
-    d_source: Float[Tensor, "batch *feature"],
-    d_real: Float[Tensor, "shots *feature"],
+    d_fake: Float[Tensor, " batch *feature"],
+    d_source: Float[Tensor, " batch *feature"],
+    d_real: Float[Tensor, " shots *feature"],
     *,
     tau: Scalar = 0.07,
     reduction: str = "mean",

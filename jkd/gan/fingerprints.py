@@ -32,7 +32,7 @@ def sample_fingerprints(key: Key[Array, ""], batch: int, n_bits: int) -> Float[A
     return jax.random.bernoulli(key, 0.5, (batch, n_bits)).astype(jnp.float32)
 
 
-def bake_fingerprint(generator: Any, params: Any, bits: Num[Tensor, "bits"] | Bool[Tensor, "bits"]) -> Any:
+def bake_fingerprint(generator: Any, params: Any, bits: Num[Tensor, " bits"] | Bool[Tensor, " bits"]) -> Any:
     """The parameters of an ordinary generator whose images all carry one fingerprint; nothing is trained.
 
     The styles of the bits are computed once and W'' is stored in the place of W (see `modulated_kernel`): what is
@@ -78,8 +78,8 @@ def fingerprint_losses(
     read_latents: Float[Tensor, "batch dim"],
     bits: Num[Tensor, "batch bits"] | Bool[Tensor, "batch bits"],
     bit_logits: Float[Tensor, "batch bits"],
-    images: Float[Tensor, "batch *image"],
-    other_images: Float[Tensor, "batch *image"],
+    images: Float[Tensor, " batch *image"],
+    other_images: Float[Tensor, " batch *image"],
     fake_logits: Float[Tensor, "*logits"],
     *,
     weights: Sequence[Scalar] = (1.0, 1.0, 2.0, 2.0),
@@ -143,9 +143,9 @@ class Attribution(NamedTuple):
         a logit is NaN.
     """
 
-    user: Int[Array, "sources"]
-    matched: Int[Array, "sources"]
-    log_p: Float[Array, "sources"]
+    user: Int[Array, " sources"]
+    matched: Int[Array, " sources"]
+    log_p: Float[Array, " sources"]
 
 
 def attribute(

@@ -42,14 +42,14 @@ def logit_separation(
     return jnp.where(broken, jnp.nan, (below / fake.size).mean())
 
 
-def _some_images(name: str, images: Tensor) -> Float[Array, "batch *image"]:
+def _some_images(name: str, images: Tensor) -> Float[Array, " batch *image"]:
     array = some_batch(name, images)
     if len(array) < 2:
         raise UserError(f"{name} must hold at least 2 images to compare, got {len(array)}.")
     return array
 
 
-def _mean_distance(images: Float[Array, "batch *image"], key: Key[Array, ""] | None) -> Float[Array, ""]:
+def _mean_distance(images: Float[Array, " batch *image"], key: Key[Array, ""] | None) -> Float[Array, ""]:
     count = len(images)
     if key is None:
         return euclidean_distances(images, images).sum() / (count * (count - 1))
@@ -59,7 +59,9 @@ def _mean_distance(images: Float[Array, "batch *image"], key: Key[Array, ""] | N
 
 
 def diversity_ratio(
-    generated: Float[Tensor, "generated *image"], real: Float[Tensor, "real *image"], key: Key[Array, ""] | None = None
+    generated: Float[Tensor, " generated *image"],
+    real: Float[Tensor, " real *image"],
+    key: Key[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """How far apart generated images are, relative to real ones: 1 where they differ as much, 0 where all are one.
 
@@ -87,7 +89,7 @@ def diversity_ratio(
     return jnp.where(spread == 0, jnp.nan, _mean_distance(made, key) / spread)
 
 
-def duplicates(images: Float[Tensor, "batch *image"], *, tolerance: Scalar = 0.01) -> Float[Array, ""]:
+def duplicates(images: Float[Tensor, " batch *image"], *, tolerance: Scalar = 0.01) -> Float[Array, ""]:
     """The share of images with a twin in the batch, as a generator makes that knows few images.
 
         mean_i [ min_{j != i} sqrt( mean_p (x_ip - x_jp)^2 ) <= tolerance ]    in [0, 1]
@@ -108,7 +110,7 @@ def duplicates(images: Float[Tensor, "batch *image"], *, tolerance: Scalar = 0.0
     return jnp.where(jnp.isnan(array).any(), jnp.nan, (nearest <= tolerance).mean())
 
 
-def saturation(images: Float[Tensor, "batch *image"], *, tolerance: Scalar = 0.01) -> Float[Array, ""]:
+def saturation(images: Float[Tensor, " batch *image"], *, tolerance: Scalar = 0.01) -> Float[Array, ""]:
     """The share of values at the more frequent end of [-1, 1], where tanh has no slope left.
 
         max( mean [x <= -1 + tolerance], mean [x >= 1 - tolerance] )    in [0, 1]

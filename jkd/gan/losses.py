@@ -199,7 +199,7 @@ def relativistic_logistic_g_loss(
 
 
 def contrastive_half(
-    anchor: Float[Tensor, "anchors"], others: Float[Tensor, "others"], *, reduction: str = "mean"
+    anchor: Float[Tensor, " anchors"], others: Float[Tensor, " others"], *, reduction: str = "mean"
 ) -> Float[Array, "*reduced"]:
     """The cross-entropy of telling each anchor from all the others, which it should exceed.
 
@@ -222,7 +222,9 @@ def contrastive_half(
     return reduce(softplus(logsumexp(others) - anchor), reduction)
 
 
-def dual_contrastive_d_loss(real_logits: Float[Tensor, "real"], fake_logits: Float[Tensor, "fake"]) -> Float[Array, ""]:
+def dual_contrastive_d_loss(
+    real_logits: Float[Tensor, " real"], fake_logits: Float[Tensor, " fake"]
+) -> Float[Array, ""]:
     """Every real image against all fake ones, and every fake image against all real ones.
 
         L_D = mean_i H_i(r; f) + mean_j H_j(-f; -r)    (nats, >= 0; H as in `contrastive_half`)
@@ -245,7 +247,7 @@ def dual_contrastive_d_loss(real_logits: Float[Tensor, "real"], fake_logits: Flo
 
 
 def dual_contrastive_g_loss(
-    real_logits: Float[Tensor, "real"], fake_logits: Float[Tensor, "fake"], *, saturating: bool = False
+    real_logits: Float[Tensor, " real"], fake_logits: Float[Tensor, " fake"], *, saturating: bool = False
 ) -> Float[Array, ""]:
     """The generator's part of the dual contrastive loss.
 

@@ -129,7 +129,7 @@ class MLPGenerator(nn.Module):
         """The plain generator that `gan.bake_fingerprint` makes parameters for."""
         return self.clone(condition_dim=0)
 
-    def bake(self, params: Any, condition: Float[Array, "numbers"]) -> Any:
+    def bake(self, params: Any, condition: Float[Array, " numbers"]) -> Any:
         """Parameters of `baked()` that make the images of this one condition: see `gan.bake_fingerprint`."""
         styles = self.apply({"params": params}, condition[None], condition[None], method="mapping")
         made = {name: dict(layer) for name, layer in params["synthesis"].items()}

@@ -31,7 +31,7 @@ def demodulation(
 
 def modulated_kernel(
     kernel: Float[Array, "*window inputs outputs"],
-    style: Float[Array, "inputs"],
+    style: Float[Array, " inputs"],
     *,
     demodulate: bool = True,
     eps: float = 1e-8,
@@ -55,7 +55,7 @@ def modulated_conv(
     demodulate: bool = True,
     up: bool = False,
     eps: float = 1e-8,
-) -> Float[Array, "batch *outputs"]:
+) -> Float[Array, " batch *outputs"]:
     """A convolution (stride 1, zero padding to the same size) or dense layer with weights of its own for each example.
 
         y_b = x_b * W''_b,    W'_kio = s_i W_kio,    W''_kio = W'_kio / sqrt( sum_ki W'_kio^2 + eps )

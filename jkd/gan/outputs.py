@@ -26,5 +26,5 @@ class Judged(NamedTuple):
       features: taps by name, in the order of the forward pass, in the compute dtype, named as in `Generated`.
     """
 
-    logits: Float[Array, "batch"]
+    logits: Float[Array, " batch"]
     features: dict[str, Float[Array, "batch ..."]]

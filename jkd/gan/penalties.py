@@ -19,28 +19,28 @@ from jkd.reduction import reduce
 Network = Callable[[Array], Array]
 
 
-def _squared_slopes(d_fn: Network, images: Float[Array, "batch *image"]) -> Float[Array, "batch"]:
+def _squared_slopes(d_fn: Network, images: Float[Array, " batch *image"]) -> Float[Array, " batch"]:
     """The squared norm of the gradient of each image's logits with respect to that image."""
     slopes = jax.grad(lambda x: as_float("d_fn(images)", d_fn(x)).sum())(images)
     return jnp.square(slopes).reshape(len(images), -1).sum(1)
 
 
-def _root(squares: Float[Array, "batch"]) -> Float[Array, "batch"]:
+def _root(squares: Float[Array, " batch"]) -> Float[Array, " batch"]:
     """The square root, whose gradient at 0 is 0; NaN stays."""
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
 def _between(
-    real: Float[Array, "batch *image"], fake: Float[Array, "batch *image"], key: Key[Array, ""]
-) -> Float[Array, "batch *image"]:
+    real: Float[Array, " batch *image"], fake: Float[Array, " batch *image"], key: Key[Array, ""]
+) -> Float[Array, " batch *image"]:
     """A point on the line from each real image to the fake one in its place, uniformly."""
     share = jax.random.uniform(key, (len(real),) + (1,) * (real.ndim - 1), real.dtype)
     return real + share * (fake - real)
 
 
 def r1_penalty(
-    d_fn: Network, images: Float[Tensor, "batch *image"], *, reduction: str = "mean"
+    d_fn: Network, images: Float[Tensor, " batch *image"], *, reduction: str = "mean"
 ) -> Float[Array, "*reduced"]:
     """The mean squared norm of a discriminator's gradient at real images, unscaled.
 
@@ -66,8 +66,8 @@ def r1_penalty(
 
 def zero_centered_gradient_penalty(
     d_fn: Network,
-    real_images: Float[Tensor, "batch *image"],
-    fake_images: Float[Tensor, "batch *image"],
+    real_images: Float[Tensor, " batch *image"],
+    fake_images: Float[Tensor, " batch *image"],
     key: Key[Array, ""],
     *,
     reduction: str = "mean",
@@ -93,8 +93,8 @@ def zero_centered_gradient_penalty(
 
 def one_centered_gradient_penalty(
     d_fn: Network,
-    real_images: Float[Tensor, "batch *image"],
-    fake_images: Float[Tensor, "batch *image"],
+    real_images: Float[Tensor, " batch *image"],
+    fake_images: Float[Tensor, " batch *image"],
     key: Key[Array, ""],
     *,
     reduction: str = "mean",
@@ -114,7 +114,7 @@ def one_centered_gradient_penalty(
 
 def _slopes_between(
     d_fn: Network, real: Float[Tensor, "..."], fake: Float[Tensor, "..."], key: Key[Array, ""]
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     real, fake = some_batch("real_images", real), some_batch("fake_images", fake)
     check_same_shape(real_images=real, fake_images=fake)
     return _squared_slopes(d_fn, _between(real, fake, key))

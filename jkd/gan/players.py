@@ -128,7 +128,7 @@ class Players:
         return apply(variables, images, train=False), state
 
 
-def references_of(images: Float[Array, "batch *image"]) -> Float[Array, "batch *image"]:
+def references_of(images: Float[Array, " batch *image"]) -> Float[Array, " batch *image"]:
     """Another image of the batch for each: half a batch further on.
 
     In a shuffled batch that is an independent draw that is never the image itself (of two or more).

@@ -18,7 +18,7 @@ from jkd.nn.layers import at_least_float32
 
 def project(
     outputs: Float[Array, "batch outputs"], condition: Float[Array, "batch condition_dim"] | None
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """Logits from a last layer with one output, and one more for each entry of the condition: o_0 + sum_c y_c o_c.
 
     Reference: Miyato and Koyama, cGANs with Projection Discriminator, ICLR 2018.

@@ -31,7 +31,7 @@ def mix_styles(key: Key[Array, ""], styles_a: Styles, styles_b: Styles, probabil
     return jnp.where(mixed & (jnp.arange(layers).reshape(1, -1, 1) >= cut), styles_b, styles_a)
 
 
-def truncate(styles: Styles, mean: Float[Array, "style_dim"], psi: float | Float[Array, "layers"]) -> Styles:
+def truncate(styles: Styles, mean: Float[Array, " style_dim"], psi: float | Float[Array, " layers"]) -> Styles:
     """Styles drawn towards their mean: mean + psi (w - mean); psi = 1 changes nothing, 0 gives the mean image.
 
     Args:

@@ -29,7 +29,7 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Array, Array]:
     return first, second
 
 
-def predicted_class(logits: Float[Tensor, "batch classes"]) -> Int[Array, "batch"]:
+def predicted_class(logits: Float[Tensor, "batch classes"]) -> Int[Array, " batch"]:
     """The class with the largest logit, the lower one of equals, and -1 in a row with a NaN.
 
     argmax alone would take the first NaN for the winner. `joint_histogram` counts a -1 nowhere, so that the
@@ -42,7 +42,7 @@ def predicted_class(logits: Float[Tensor, "batch classes"]) -> Int[Array, "batch
     return jnp.where(jnp.isnan(logits).any(axis=1), -1, logits.argmax(axis=1)).astype(jnp.int32)
 
 
-def prediction_agreement(a: Float[Tensor, "batch classes"], b: Float[Tensor, "batch classes"]) -> Bool[Array, "batch"]:
+def prediction_agreement(a: Float[Tensor, "batch classes"], b: Float[Tensor, "batch classes"]) -> Bool[Array, " batch"]:
     """True where two classifiers put the same class first; its mean is the fidelity of a student.
 
         agree_b = 1[argmax a_b = argmax b_b]
@@ -75,7 +75,7 @@ class AgreementCounts(NamedTuple):
 def agreement_counts(
     a: Float[Tensor, "batch classes"],
     b: Float[Tensor, "batch classes"],
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> AgreementCounts:
     """`prediction_agreement` as int32 counts: add them over batches; the share is agree / total.
 
@@ -93,7 +93,7 @@ def agreement_counts(
     return AgreementCounts((agree & counted).sum(), (nan & counted).sum(), counted.sum())
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> Bool[Array, "batch"]:
+def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> Bool[Array, " batch"]:
     if mask is None:
         return jnp.ones(shape, bool)
     if jnp.shape(mask) != shape:
@@ -109,7 +109,7 @@ def _expect(log_p: Array, values: Array) -> Array:
     return jnp.where(possible, terms, jnp.where(jnp.isnan(log_p), jnp.nan, 0)).sum(axis=-1)
 
 
-def predictive_entropy(logits: Float[Tensor, "batch classes"]) -> Float[Array, "batch"]:
+def predictive_entropy(logits: Float[Tensor, "batch classes"]) -> Float[Array, " batch"]:
     """The entropy of each prediction, in nats; float32 at least.
 
         H_b = -sum_k p_k log p_k,    p = softmax(z_b),    0 <= H_b <= ln K
@@ -125,7 +125,7 @@ def predictive_entropy(logits: Float[Tensor, "batch classes"]) -> Float[Array, "
 
 def predictive_kl(
     p_logits: Float[Tensor, "batch classes"], q_logits: Float[Tensor, "batch classes"]
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """The divergence of the second prediction from the first, in nats; float32 at least.
 
         KL_b = sum_k p_k (log p_k - log q_k),    p = softmax(z_p,b), q = softmax(z_q,b)
@@ -141,10 +141,10 @@ def predictive_kl(
 
 
 def joint_histogram(
-    pred_a: Integer[Tensor, "batch"],
-    pred_b: Integer[Tensor, "batch"],
+    pred_a: Integer[Tensor, " batch"],
+    pred_b: Integer[Tensor, " batch"],
     num_classes: int,
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> Int[Array, "classes classes"]:
     """How often one classifier predicts i where the other predicts j: int32 counts, add them over batches.
 

@@ -13,7 +13,7 @@ from jkd.errors import UserError
 def class_sum_attention(
     feat: Float[Tensor, "batch h w channels"],
     head_kernel: Float[Tensor, "channels classes"],
-    head_bias: Float[Tensor, "classes"],
+    head_bias: Float[Tensor, " classes"],
     out_size: int | tuple[int, int],
 ) -> Float[Array, "batch height width"]:
     """The class activation maps of a linear head, summed over all classes and resized.
@@ -147,7 +147,7 @@ class AttentionCounts(NamedTuple):
 
 
 def attention_counts(
-    masks: Bool[Tensor, "maps batch height width"], where: Bool[Tensor, "batch"] | None = None
+    masks: Bool[Tensor, "maps batch height width"], where: Bool[Tensor, " batch"] | None = None
 ) -> AttentionCounts:
     """What `attention_iou` divides, for every pair of maps and for all of them.
 

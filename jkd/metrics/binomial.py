@@ -11,7 +11,7 @@ from jkd.errors import UserError
 
 def matching_bits(
     logits: Float[Tensor, "batch bits"], bits: Num[Tensor, "batch bits"] | Bool[Tensor, "batch bits"]
-) -> Int[Array, "batch"]:
+) -> Int[Array, " batch"]:
     """How many bits of each example are read right, and -1 in a row with a NaN.
 
         k_b = #{i: 1[logit_bi > 0] = bit_bi}
@@ -41,7 +41,7 @@ def matching_bits(
 
 def bit_accuracy(
     logits: Float[Tensor, "batch bits"], bits: Num[Tensor, "batch bits"] | Bool[Tensor, "batch bits"]
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """The share of the bits of each example that are read right, in [0, 1]; NaN in a row with a NaN.
 
         matching_bits / n;    0.5 with a standard deviation of 0.5 / sqrt(n) for n bits that are guessed

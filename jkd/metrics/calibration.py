@@ -15,16 +15,16 @@ from jkd.metrics.classification import topk_correct
 class CalibrationBins(NamedTuple):
     """For each bin of confidence: how many examples, how many of them correct, the sum of their confidences."""
 
-    total: Int[Array, "bins"]
-    correct: Int[Array, "bins"]
-    confidence: Float[Array, "bins"]
+    total: Int[Array, " bins"]
+    correct: Int[Array, " bins"]
+    confidence: Float[Array, " bins"]
 
 
 def calibration_bins(
     probs: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     n_bins: int = 10,
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> CalibrationBins:
     """Sums by bin of confidence: add them over batches, then call `ece` or draw a reliability diagram.
 
@@ -91,9 +91,9 @@ def ece_unweighted(bins: CalibrationBins) -> Float[Array, ""]:
 
 def expected_calibration_error(
     probs: Float[Tensor, "batch classes"],
-    labels: Integer[Tensor, "batch"],
+    labels: Integer[Tensor, " batch"],
     n_bins: int = 10,
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> Float[Array, ""]:
     """`ece(calibration_bins(...))`, where all examples are at hand.
 

@@ -13,8 +13,8 @@ Tensor = jax.Array | np.ndarray
 
 
 def topk_correct(
-    logits: Float[Tensor, "batch classes"], labels: Integer[Tensor, "batch"], k: int = 1
-) -> Bool[Array, "batch"]:
+    logits: Float[Tensor, "batch classes"], labels: Integer[Tensor, " batch"], k: int = 1
+) -> Bool[Array, " batch"]:
     """True where the labeled class is among the k largest logits.
 
         correct_b = #{c: z_c > z_y} + #{c < y: z_c = z_y} < k
@@ -50,15 +50,15 @@ def topk_correct(
 class PerClassCounts(NamedTuple):
     """For each class, how many of its examples are correct and how many there are."""
 
-    correct: Int[Array, "classes"]
-    total: Int[Array, "classes"]
+    correct: Int[Array, " classes"]
+    total: Int[Array, " classes"]
 
 
 def per_class_counts(
-    correct: Bool[Tensor, "batch"],
-    labels: Integer[Tensor, "batch"],
+    correct: Bool[Tensor, " batch"],
+    labels: Integer[Tensor, " batch"],
     num_classes: int,
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
 ) -> PerClassCounts:
     """Correct and total counts by class: add them over batches, divide once at the end.
 

@@ -43,7 +43,7 @@ def rows_at_once(max_pairs: int, rows: int, columns: int) -> int:
     return min(rows, max(1, max_pairs // columns))
 
 
-def squared_distances(row: Float[Array, "dim"], columns: Float[Array, "columns dim"]) -> Float[Array, "columns"]:
+def squared_distances(row: Float[Array, " dim"], columns: Float[Array, "columns dim"]) -> Float[Array, " columns"]:
     """|x - y|^2 of one row to many, >= 0, as |x|^2 - 2 x.y + |y|^2: one matrix product where rows are mapped over.
 
     The error is about eps (|x|^2 + |y|^2), so center the features first; sums of small integers are exact.
@@ -53,7 +53,7 @@ def squared_distances(row: Float[Array, "dim"], columns: Float[Array, "columns d
 
 
 def euclidean_distances(
-    a: Float[Tensor, "rows *shape"], b: Float[Tensor, "columns *shape"]
+    a: Float[Tensor, " rows *shape"], b: Float[Tensor, " columns *shape"]
 ) -> Float[Array, "rows columns"]:
     """The Euclidean distance of every row of `a` to every row of `b`, whatever shape a row has.
 

@@ -22,12 +22,12 @@ class IntraClusterDistance(NamedTuple):
     """
 
     mean: Float[Array, ""]
-    distances: Float[Array, "references"]
-    members: Int[Array, "references"]
+    distances: Float[Array, " references"]
+    members: Int[Array, " references"]
     skipped: Int[Array, ""]
 
 
-def nearest_reference(distances: Float[Tensor, "samples references"]) -> Int[Array, "samples"]:
+def nearest_reference(distances: Float[Tensor, "samples references"]) -> Int[Array, " samples"]:
     """The index of the nearest reference, the lower one of equals, and -1 in a row with a NaN.
 
     Raises:
@@ -39,7 +39,7 @@ def nearest_reference(distances: Float[Tensor, "samples references"]) -> Int[Arr
     return jnp.where(jnp.isnan(known).any(axis=1), -1, known.argmin(axis=1)).astype(jnp.int32)
 
 
-def _mean_of_pairs(between: Array, member: Bool[Array, "samples"]) -> Array:
+def _mean_of_pairs(between: Array, member: Bool[Array, " samples"]) -> Array:
     """The mean over pairs i < j of members; NaN without a pair."""
     pair = jnp.triu(member[:, None] & member[None], 1)
     return jnp.where(pair, between, 0).sum() / pair.sum()
@@ -87,8 +87,8 @@ def intra_cluster_distance_of_matrices(
 
 def intra_cluster_distance(
     key: Key[Array, ""],
-    samples: Float[Tensor, "samples *shape"],
-    references: Float[Tensor, "references *shape"],
+    samples: Float[Tensor, " samples *shape"],
+    references: Float[Tensor, " references *shape"],
     distance_fn: Callable[[Array, Array], Array] = euclidean_distances,
     *,
     max_members: int = 50,

@@ -16,11 +16,11 @@ class MomentSums(NamedTuple):
     """How many samples, the sum of x - shift and that of (x - shift)(x - shift)^T: add them over batches."""
 
     count: Int[Tensor, ""]  # type: ignore[assignment]  # tuples have a method of that name
-    total: Float[Tensor, "dim"]
+    total: Float[Tensor, " dim"]
     outer: Float[Tensor, "dim dim"]
 
 
-def _shift(shift: Tensor | None, like: Array, dim: int) -> Float[Array, "dim"]:
+def _shift(shift: Tensor | None, like: Array, dim: int) -> Float[Array, " dim"]:
     if shift is None:
         return jnp.zeros(dim, like.dtype)
     if jnp.shape(shift) != (dim,):
@@ -31,9 +31,9 @@ def _shift(shift: Tensor | None, like: Array, dim: int) -> Float[Array, "dim"]:
 
 def moment_sums(
     features: Float[Tensor, "batch dim"],
-    mask: Bool[Tensor, "batch"] | None = None,
+    mask: Bool[Tensor, " batch"] | None = None,
     *,
-    shift: Float[Tensor, "dim"] | None = None,
+    shift: Float[Tensor, " dim"] | None = None,
 ) -> MomentSums:
     """The sums that mean and covariance are made of: `jax.tree.map(jnp.add, a, b)` over batches, then `moments`.
 
@@ -62,8 +62,8 @@ def moment_sums(
 
 
 def moments(
-    sums: MomentSums, *, shift: Float[Tensor, "dim"] | None = None
-) -> tuple[Float[Array, "dim"], Float[Array, "dim dim"]]:
+    sums: MomentSums, *, shift: Float[Tensor, " dim"] | None = None
+) -> tuple[Float[Array, " dim"], Float[Array, "dim dim"]]:
     """The mean and the covariance, with n - 1 in its denominator, of all the samples in the sums.
 
         mean = s + total / n,    cov = (outer - total total^T / n) / (n - 1)
@@ -115,9 +115,9 @@ def _trace_of_root_jvp(covs: tuple[Array, Array], changes: tuple[Array, Array]) 
 
 
 def frechet_distance(
-    mean1: Float[Tensor, "dim"],
+    mean1: Float[Tensor, " dim"],
     cov1: Float[Tensor, "dim dim"],
-    mean2: Float[Tensor, "dim"],
+    mean2: Float[Tensor, " dim"],
     cov2: Float[Tensor, "dim dim"],
 ) -> Float[Array, ""]:
     """The squared Frechet (2-Wasserstein) distance of two normal distributions, >= 0.

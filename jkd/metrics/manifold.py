@@ -42,7 +42,7 @@ def _squared_radii(features: Array, k: int, max_pairs: int) -> Array:
     return jax.lax.map(row, rows, batch_size=rows_at_once(max_pairs, len(rows), len(rows)))
 
 
-def _balls_around(points: Array, centers: Array, squared_radii: Array, max_pairs: int) -> Int[Array, "points"]:
+def _balls_around(points: Array, centers: Array, squared_radii: Array, max_pairs: int) -> Int[Array, " points"]:
     """In how many balls each point lies."""
 
     def row(point: Array) -> Array:
@@ -51,7 +51,7 @@ def _balls_around(points: Array, centers: Array, squared_radii: Array, max_pairs
     return jax.lax.map(row, points, batch_size=rows_at_once(max_pairs, len(points), len(centers)))
 
 
-def _balls_that_hold(points: Array, centers: Array, squared_radii: Array, max_pairs: int) -> Bool[Array, "centers"]:
+def _balls_that_hold(points: Array, centers: Array, squared_radii: Array, max_pairs: int) -> Bool[Array, " centers"]:
     """Whether each ball holds a point."""
 
     def row(ball: tuple[Array, Array]) -> Array:

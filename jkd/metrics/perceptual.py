@@ -14,12 +14,12 @@ HIGHEST = jax.lax.Precision.HIGHEST
 EPS = 1e-20  # in the square of the unit of the features
 
 Features = Mapping[str, Float[Tensor, "..."]]
-Weights = Mapping[str, Float[Tensor, "_"]]
+Weights = Mapping[str, Float[Tensor, " _"]]
 
 
 def perceptual_distance(
     features_a: Features, features_b: Features, weights: Weights | None = None
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """How much two batches of images differ, pair by pair, in the directions of their features.
 
         d_i = sum_l 1/P_l sum_p sum_c w_lc (u^a_ilpc - u^b_ilpc)^2,    u = x / sqrt(sum_c x_c^2 + 1e-20)

@@ -142,7 +142,7 @@ def _mean_ranks(x: np.ndarray) -> np.ndarray:
     return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
-def holm(p_values: ArrayLike) -> Float[np.ndarray, "tests"]:
+def holm(p_values: ArrayLike) -> Float[np.ndarray, " tests"]:
     """Holm's adjusted p-values, in the order given: reject where adjusted <= level.
 
         adjusted_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),    p_(1) <= ... <= p_(m)

@@ -185,7 +185,7 @@ def check_width(width: int) -> None:
         raise UserError(f"width must be at least 1, got {width}.")
 
 
-def check_images(images: Images, rank: int | None = None) -> Num[Array, "batch *image"]:
+def check_images(images: Images, rank: int | None = None) -> Num[Array, " batch *image"]:
     """Returns the images as a JAX array, once their dtype and rank are known to be usable.
 
     Raises:

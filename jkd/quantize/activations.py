@@ -21,7 +21,7 @@ STARTS = 5  # of `fit_basis`
 
 
 def quantize_by_thresholds(
-    x: Num[Tensor, "*shape"], levels: Float[Tensor, "levels"]
+    x: Num[Tensor, "*shape"], levels: Float[Tensor, " levels"]
 ) -> tuple[Float[Array, "*shape"], Int[Array, "*shape"]]:
     """The nearest of sorted levels, and its number: x above the midpoint of two takes the upper one, x on it the lower.
 
@@ -38,8 +38,8 @@ def quantize_by_thresholds(
 
 
 def channel_weights(
-    x: Float[Tensor, "*batch channels"], mode: str = "variance", *, error: Float[Tensor, "channels"] | None = None
-) -> Float[Array, "channels"]:
+    x: Float[Tensor, "*batch channels"], mode: str = "variance", *, error: Float[Tensor, " channels"] | None = None
+) -> Float[Array, " channels"]:
     """What a channel's squared errors count: 1, or 1 / (its variance), 1 / (mean x^2), 1 / sqrt(its error), plus eps.
 
     Over all other axes (the global batch), eps = 1e-5. A dead channel (nothing but one value; under "energy" nothing
@@ -70,11 +70,11 @@ def channel_weights(
 
 def weighted_basis_update(
     x: Float[Tensor, "*batch channels"],
-    basis: Float[Tensor, "bits"],
-    weights: Float[Tensor, "channels"],
+    basis: Float[Tensor, " bits"],
+    weights: Float[Tensor, " channels"],
     *,
     delta: float = 1e-4,
-) -> Float[Array, "bits"]:
+) -> Float[Array, " bits"]:
     """The basis of least weighted squared error, for the levels that each activation has now.
 
         u* = (E^T D E + delta I)^-1 (E^T D x + delta u),  E the digits {0, 1}, D the weights of the channels
@@ -141,7 +141,7 @@ def _over_batch(x: Array) -> Array:
     return x.sum(tuple(range(x.ndim - 1)))
 
 
-def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"]) -> Float[Array, "*shape"]:
+def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, " bits"]) -> Float[Array, "*shape"]:
     """Activations as the nearest sums of a basis; the gradient is 1 up to the top level and 0 above it.
 
         x_q = sum_j u_j e_j, e in {0, 1}^bits;   dL/dx = dL/dx_q where x <= the top level, else 0
@@ -161,8 +161,8 @@ def quantize_activation(x: Float[Tensor, "*shape"], basis: Float[Tensor, "bits"]
 
 
 def follow_activations(
-    x: Float[Tensor, "*batch channels"], basis: Float[Tensor, "bits"], mode: str = "variance", momentum: float = 0.9
-) -> Float[Array, "bits"]:
+    x: Float[Tensor, "*batch channels"], basis: Float[Tensor, " bits"], mode: str = "variance", momentum: float = 0.9
+) -> Float[Array, " bits"]:
     """One step of the moving average, `u <- momentum u + (1 - momentum) u*`, u* by `weighted_basis_update`."""
     old: Array = jax.lax.stop_gradient(as_float("basis", basis))
     return momentum * old + (1 - momentum) * weighted_basis_update(x, basis, _weights(x, basis, mode))
@@ -170,7 +170,7 @@ def follow_activations(
 
 def fit_basis(
     x: Float[Tensor, "*batch channels"], bits: int, mode: str = "variance", *, iterations: int = 50
-) -> Float[Array, "bits"]:
+) -> Float[Array, " bits"]:
     """The basis of least weighted squared error: `weighted_basis_update` and nearest levels in turn.
 
     Of several starts, `activation_basis` as large as the smallest, the middle and the largest channels, the one that

@@ -43,7 +43,7 @@ def init_assignment(
 
 def direct_quantize(
     assignment: Float[Tensor, "*shape levels"],
-    levels: Float[Tensor, "levels"] | Float[Tensor, "channels levels"],
+    levels: Float[Tensor, " levels"] | Float[Tensor, "channels levels"],
     tau: Scalar = 1.0,
     *,
     gradient: str = "softmax",
@@ -154,7 +154,7 @@ def straight_through(hard: Array, soft: Array) -> Array:
 
 def init_binary(
     kernel: Float[Tensor, "*shape"], bits: int, *, iterations: int = 30
-) -> tuple[Float[Array, "*shape bits"], Float[Array, "bits"]]:
+) -> tuple[Float[Array, "*shape bits"], Float[Array, " bits"]]:
     """Codes and a basis near a trained kernel: nearest sums of the basis and least squares, in turn.
 
     The codes start at +-1/2, inside the window where they have a gradient.

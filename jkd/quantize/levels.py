@@ -19,7 +19,7 @@ _HALF_NORMAL = 0.6745  # the median of |x| for a standard normal x
 class Levels(NamedTuple):
     """Sorted levels, and the digits each is made of: `values[k] = basis @ codes[k]`."""
 
-    values: Float[Array, "levels"]
+    values: Float[Array, " levels"]
     codes: Float[Array, "levels bits"]
 
 
@@ -33,7 +33,7 @@ def check_bits(bits: int) -> None:
         raise UserError(f"bits must be an integer in 1..{MAX_BITS}, got {bits!r}.")
 
 
-def init_levels(kernel: Float[Tensor, "*shape"], bits: int, *, iterations: int = 30) -> Float[Array, "levels"]:
+def init_levels(kernel: Float[Tensor, "*shape"], bits: int, *, iterations: int = 30) -> Float[Array, " levels"]:
     """The 2^bits levels closest to a trained kernel: 1-D k-means (Lloyd's), sorted.
 
     Starts at the evenly spaced quantiles (k + 1/2) / 2^bits. A level that no weight is nearest to stays where it
@@ -111,7 +111,7 @@ def planes(levels: Num[Array, "*channels levels"], rank: int) -> list[Array]:
     return [levels[..., k].reshape(shape) for k in range(levels.shape[-1])]
 
 
-def levels_from_basis(basis: Float[Tensor, "bits"], *, signed: bool) -> Levels:
+def levels_from_basis(basis: Float[Tensor, " bits"], *, signed: bool) -> Levels:
     """All sums of a basis, sorted: `sum_j basis_j e_j` with digits e in {-1, 1} (signed) or {0, 1} (0 is a level).
 
     Args:
@@ -149,7 +149,7 @@ def digit_sum(codes: Float[Array, "*shape bits"], basis: Float[Array, "*channels
     return functools.reduce(jnp.add, terms)
 
 
-def weight_basis(shape: tuple[int, ...], bits: int) -> Float[np.ndarray, "bits"]:
+def weight_basis(shape: tuple[int, ...], bits: int) -> Float[np.ndarray, " bits"]:
     """The basis to train from scratch with: `2^j 0.6745 sqrt(2 / n) / 2^(bits - 1)`, n = size of the window x outputs.
 
     Args:
@@ -168,7 +168,7 @@ def weight_basis(shape: tuple[int, ...], bits: int) -> Float[np.ndarray, "bits"]
     return (2.0 ** np.arange(bits) * _HALF_NORMAL * np.sqrt(2 / n) / 2 ** (bits - 1)).astype(np.float32)
 
 
-def activation_basis(bits: int) -> Float[np.ndarray, "bits"]:
+def activation_basis(bits: int) -> Float[np.ndarray, " bits"]:
     """The basis that activations start with: `2^j 0.6745 * 2 / (2^bits - 1)`; 2 bits: (0.449667, 0.899333).
 
     Raises:
