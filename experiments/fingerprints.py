@@ -210,8 +210,7 @@ def sample(path: str, count: int, output: str, key: int = 0) -> str:
     parts = [look(instance.params, latents[start : start + AT_ONCE]) for start in range(0, count, AT_ONCE)]
     images = np.concatenate([np.asarray(part) for part in parts])
     folder.mkdir(parents=True)
-    for k, image in enumerate(images):
-        write_bytes(folder / f"image-{k:05d}.png", png(image[..., 0] if image.shape[-1] == 1 else image))
+    gan_measures.write_pngs(folder, images)
     write_bytes(picture, png(gan_measures.tile(images)))
     return f"Wrote {count} images of {path} to {folder}, and {picture}."
 

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from experiments.gans import Setup
 from jkd import gan, metrics, train
 from jkd.gan.players import Players, as_uint8, from_uint8
+from jkd.train.log import png
+from jkd.train.workdir import write_bytes
 
 LATENT_SEED = 7  # of all images that are judged
 Sampler = Callable[[Any, Any, jax.Array], jax.Array]
@@ -171,6 +174,12 @@ def warn(values: Mapping[str, float]) -> str | None:
 def draw(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The generated images side by side."""
     return {"generated": tile(rows["fake"])}
+
+
+def write_pngs(folder: epath.Path, images: np.ndarray) -> None:
+    """uint8[N, height, width, channels] as 00000.png, 00001.png, .. of a folder that exists."""
+    for i, image in enumerate(images):
+        write_bytes(folder / f"{i:05d}.png", png(image[..., 0] if image.shape[-1] == 1 else image))
 
 
 def tile(images: np.ndarray, *, least: int = 28) -> np.ndarray:

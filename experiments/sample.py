@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from experiments import cli
-from experiments.gan_measures import tile
+from experiments.gan_measures import tile, write_pngs
 from jkd import gan, train
 from jkd.errors import UserError
 from jkd.train.ensemble import member
@@ -108,8 +108,7 @@ def write(output: epath.Path, latents: np.ndarray, images: np.ndarray) -> None:
         buffer = io.BytesIO()
         np.save(buffer, array)
         write_bytes(output / f"{name}.npy", buffer.getvalue())
-    for i, image in enumerate(images):
-        write_bytes(output / f"{i:05d}.png", png(image[..., 0] if image.shape[-1] == 1 else image))
+    write_pngs(output, images)
     write_bytes(output / "grid.png", png(tile(images)))
 
 

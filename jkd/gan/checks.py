@@ -1,4 +1,4 @@
-"""What every adversarial loss checks at its door."""
+"""What adversarial losses and their networks check at their doors."""
 
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -52,3 +52,16 @@ def check_same_shape(**arrays: Array) -> None:
     if len({array.shape for array in arrays.values()}) > 1:
         shapes = " and ".join(str(list(array.shape)) for array in arrays.values())
         raise UserError(f"{' and '.join(arrays)} must have the same shape, got {shapes}.")
+
+
+def check_condition(condition: Array | None, condition_dim: int) -> None:
+    """Stops a condition that is missing, not asked for, or of another width.
+
+    Raises:
+      UserError: if so.
+    """
+    if condition_dim == 0 and condition is not None:
+        raise UserError("condition is given, but the model has condition_dim=0 and takes none.")
+    if condition_dim and (condition is None or condition.ndim != 2 or condition.shape[1] != condition_dim):
+        got = "none" if condition is None else list(condition.shape)
+        raise UserError(f"condition must be [batch, {condition_dim}], got {got}.")

@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jkd.errors import UserError, unknown
+from jkd.gan.checks import check_condition
 from jkd.gan.outputs import Generated, Judged
 from jkd.gan.resampling import Maps, NewMaps, conv_down, conv_up
-from jkd.gan.stylegan2 import Condition, Latents, check_condition
+from jkd.gan.stylegan2 import Condition, Latents
 from jkd.gan.stylegan2_discriminator import check_images, check_references, project
 from jkd.nn import mixed
 from jkd.nn.layers import at_least_float32, check_width

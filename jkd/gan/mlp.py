@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jkd.errors import UserError
+from jkd.gan.checks import check_condition
 from jkd.gan.modulation import modulated_conv, modulated_kernel
 from jkd.gan.outputs import Generated, Judged
 from jkd.nn import mixed
@@ -223,14 +224,3 @@ def _hidden(layer: MLPDiscriminator | MLPEncoder, images: Array) -> tuple[Array,
         x = keep(nn.leaky_relu(_dense(layer, units, f"hidden{i}")(x), 0.2).astype(layer.dtype))
         features[f"hidden{i}"] = x
     return x, features
-
-
-def check_condition(condition: Array | None, dim: int) -> None:
-    """Stops a condition that a network does not take, or that is missing.
-
-    Raises:
-      UserError: if so.
-    """
-    got = 0 if condition is None else condition.shape[-1]
-    if got != dim:
-        raise UserError(f"condition must have {dim or 'no'} numbers an example (condition_dim), got {got or 'none'}.")

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jkd.errors import UserError, unknown
+from jkd.gan.checks import check_condition
 from jkd.gan.layers import (
     EqualizedConv,
     EqualizedDense,
@@ -47,19 +48,6 @@ def check_resolution(resolution: int, attention: tuple[tuple[int, str], ...], ki
             raise UserError(f"attention: there are no maps of {place}x{place} at resolution {resolution}.")
         if kind not in kinds:
             raise unknown("attention", kind, kinds)
-
-
-def check_condition(condition: Array | None, condition_dim: int) -> None:
-    """Stops a condition that is missing, not asked for, or of another width.
-
-    Raises:
-      UserError: if so.
-    """
-    if condition_dim == 0 and condition is not None:
-        raise UserError("condition is given, but the model has condition_dim=0 and takes none.")
-    if condition_dim and (condition is None or condition.ndim != 2 or condition.shape[1] != condition_dim):
-        got = "none" if condition is None else list(condition.shape)
-        raise UserError(f"condition must be [batch, {condition_dim}], got {got}.")
 
 
 class Mapping(nn.Module):

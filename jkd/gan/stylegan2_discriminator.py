@@ -9,10 +9,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jkd.errors import UserError, unknown
+from jkd.gan.checks import check_condition
 from jkd.gan.layers import ATTENTION, EqualizedConv, EqualizedDense, group_deviation, self_attention
 from jkd.gan.outputs import Judged
 from jkd.gan.resampling import Maps, NewMaps, downsample
-from jkd.gan.stylegan2 import Condition, check_condition, check_resolution, count_channels
+from jkd.gan.stylegan2 import Condition, check_resolution, count_channels
 from jkd.nn.layers import at_least_float32
 
 

@@ -89,11 +89,11 @@ def test_a_plain_generator_is_its_layers():
 
 def test_conditions_are_required_or_refused():
     cases = (
-        (G, (Z, CODE), r"condition must have no numbers an example \(condition_dim\), got 3"),
-        (BITS, (Z,), "condition must have 3 numbers an example .*got none"),
-        (BITS, (Z, CODE[:, :2]), "condition must have 3 numbers an example .*got 2"),
-        (D, (X, None, CODE), "condition must have no numbers"),
-        (D.clone(condition_dim=3), (X,), "condition must have 3 numbers"),
+        (G, (Z, CODE), "condition is given, but the model has condition_dim=0"),
+        (BITS, (Z,), r"condition must be \[batch, 3\], got none"),
+        (BITS, (Z, CODE[:, :2]), r"condition must be \[batch, 3\], got \[4, 2\]"),
+        (D, (X, None, CODE), "takes none"),
+        (D.clone(condition_dim=3), (X,), r"condition must be \[batch, 3\], got none"),
         (D.clone(hidden=()), (X,), "hidden must name the units of one layer at least"),
     )
     for network, args, says in cases:
