@@ -133,7 +133,7 @@ class Setup:
         if section.rgb:
             images = jnp.broadcast_to(images[..., :1], (*images.shape[:-1], 3))
         if section.fid:
-            seen = nn.fid_images(images)
+            seen = nn.fid_images(images.astype(jnp.float32) / 255)
         else:
             images = data.resize(images, section.resize) if section.resize else images
             seen = data.normalize(images, section.mean, section.std)

@@ -1,7 +1,9 @@
 """Generators: the shipped smoke runs, what their studies ask for, every variant's arms, and how they refuse."""
 
+import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,8 +15,9 @@ from experiments import cli, dual_contrastive_gan, fewshot_dcl, gan_fingerprinti
 from experiments import train as command
 from experiments.report import Measure
 from experiments.studies import run_study
-from jkd import gan, train
+from jkd import gan, nn, train
 from jkd.errors import UserError
+from jkd.interop.safetensors import save_safetensors
 from jkd.train.lower import abstract_stages
 
 METHODS = {
@@ -153,6 +156,50 @@ def test_features_and_source_are_taken_from_another_run(adapted, tmp_path):
     stages = results_of(again)["stages"]
     assert stages["finetune"]["metrics"] == results_of(adapted)["stages"]["finetune"]["metrics"]
     assert (stages["source"]["steps"], stages["features"]["steps"]) == (0, 0)
+
+
+def test_images_are_judged_by_a_file_of_weights(tmp_path):
+    network = nn.build("cnn", 7, width=4)
+    weights = nn.init(network, jax.random.key(5), (12, 12, 3))
+    save_safetensors(tmp_path / "cnn.safetensors", weights)
+    given = {
+        "model": "cnn",
+        "width": 4,
+        "num_classes": 7,
+        "rgb": True,
+        "resize": 12,
+        "init_from": tmp_path / "cnn.safetensors",
+    }
+    changes = [f"features.{name}={value}" for name, value in given.items()]
+    workdir = smoke_run(tmp_path / "run", "dual_contrastive_gan", "logistic", changes=changes)
+    jax.tree.map(np.testing.assert_array_equal, published(workdir, gans.FEATURES), weights)
+    stages = results_of(workdir)["stages"]
+    assert stages["features"]["steps"] == 0
+    assert np.isfinite(stages["logistic"]["metrics"]["test/frechet"]).all()
+
+
+SEEN = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.mark.parametrize(
+    ("given", "seen", "width"),
+    [
+        ({"model": "mobilenet_v2", "num_classes": 1000, "rgb": True, "resize": 64, **SEEN}, (64, 64, 3), 1280),
+        ({"model": "inception_v3", "num_classes": 1008, "rgb": True, "fid": True}, (299, 299, 3), 2048),
+    ],
+)
+def test_networks_of_imagenet_see_grey_digits(given, seen, width):
+    changes = {f"features.{name}": value for name, value in given.items()}
+    setup = gans.Setup.of(cli.load_config("configs/dual_contrastive_gan.py:smoke", changes))
+    assert setup.feature_shape == seen
+    weights = jax.eval_shape(functools.partial(nn.init, setup.feature_model, image_shape=seen), jax.random.key(0))
+    found = jax.eval_shape(setup.features, weights, jax.ShapeDtypeStruct((3, 8, 8, 1), np.uint8))
+    assert found.shape == (3, width)
+    shown = dataclasses.replace(setup, feature_model=SimpleNamespace(apply=lambda variables, images, train: images))
+    black, white = shown.feature_outputs({}, np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
+    mean, std = (np.array(given.get(name, 0.5)) for name in SEEN)
+    np.testing.assert_allclose(black, np.broadcast_to(-mean / std, seen), rtol=1e-5)
+    np.testing.assert_allclose(white, np.broadcast_to((1 - mean) / std, seen), rtol=1e-5)
 
 
 def test_sources_and_features_that_do_not_fit_are_refused(adapted, tmp_path, refused):
