@@ -20,7 +20,7 @@ from jkd.errors import UserError, unknown
 
 SIDES = ("first", "second")
 FILES = ("mirflickr", "nuswide", "file")  # features that users bring
-STATISTICS_ROWS = 20000  # training rows whose mean and scale are measured
+STATISTICS_ROWS = 10000  # training rows whose mean and scale are measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,10 +51,12 @@ class TokenVectors:
         """The numbers of a text's pieces: for each word, the cut into pieces of the highest probability.
 
         Compatibility characters are replaced by what they stand for (NFKC); characters that no piece holds are left
-        out.
+        out, and so are words of which nothing is left.
         """
         words = unicodedata.normalize("NFKC", text).split()
-        return [token for word in words for token in self._cut(SPACE + word)]
+        cuts = [self._cut(SPACE + word) for word in words]
+        empty = [self.pieces[SPACE][0]] if SPACE in self.pieces else []
+        return [token for cut in cuts if cut != empty for token in cut]
 
     def _cut(self, word: str) -> list[int]:
         """The best cut of a word, by dynamic programming over its prefixes."""

@@ -113,19 +113,48 @@ def test_sentences_of_like_meaning_are_near():
         encoder.embed([""])
 
 
-def test_sentences_agree_with_their_own_model():
+def layers_of(torch, weights):
+    """PyTorch's own transformer layers with the encoder's weights."""
+    stack = []
+    for i in range(6):
+        of = {
+            name.removeprefix(f"encoder.layer.{i}."): torch.tensor(x) for name, x in weights.items() if f".{i}." in name
+        }
+        layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", 1e-12, batch_first=True)
+        parts = ("query", "key", "value")
+        names = {
+            "self_attn.out_proj": "attention.output.dense",
+            "norm1": "attention.output.LayerNorm",
+            "linear1": "intermediate.dense",
+            "linear2": "output.dense",
+            "norm2": "output.LayerNorm",
+        }
+        state = {f"{own}.{kind}": of[f"{name}.{kind}"] for own, name in names.items() for kind in ("weight", "bias")}
+        for kind in ("weight", "bias"):
+            joined = torch.cat([of[f"attention.self.{part}.{kind}"] for part in parts])
+            state[f"self_attn.in_proj_{kind}"] = joined
+        layer.load_state_dict(state)
+        stack.append(layer)
+    return torch.nn.Sequential(*stack).eval()
+
+
+def test_sentences_agree_with_their_own_tokenizer_and_with_pytorch():
     encoder = installed(sentences.sentence_encoder)
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the oracles extra")
     torch = pytest.importorskip("torch", reason="needs the oracles extra")
-    transformers = pytest.importorskip("transformers", reason="needs the oracles extra")
-    folder = str(words.package_folder(sentences.PACKAGE, "", "") / "model")
-    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
-    model = transformers.BertModel.from_pretrained(folder).eval()
+    folder = words.package_folder(sentences.PACKAGE, "", "") / "model"
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    layers, w = layers_of(torch, encoder.weights), encoder.weights
     for text in TEXTS:
         tokens = encoder.tokens(text)
-        assert tokens == tokenizer(text)["input_ids"]
+        assert tokens == tokenizer.encode(text).ids
+        x = w["embeddings.word_embeddings.weight"][tokens] + w["embeddings.position_embeddings.weight"][: len(tokens)]
+        x = torch.tensor(x + w["embeddings.token_type_embeddings.weight"][0])
+        norm = [torch.tensor(w[f"embeddings.LayerNorm.{kind}"]) for kind in ("weight", "bias")]
         with torch.no_grad():
-            hidden = model(torch.tensor([tokens])).last_hidden_state[0].numpy()
-        np.testing.assert_allclose(encoder.hidden(np.array([tokens]))[0], hidden, atol=1e-4)
+            hidden = layers(torch.nn.functional.layer_norm(x, (384,), *norm, eps=1e-12)[None])
+        np.testing.assert_allclose(encoder.hidden(np.array([tokens])), hidden.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +210,7 @@ def test_users_files(tmp_path):
     }
     assert pairs.name == "own"
     assert (pairs.labels == np.eye(6, dtype=bool)).all()
-    assert pairs.read([0])["second_mask"].dtype == bool
+    assert pairs.read(np.array([0]))["second_mask"].dtype == bool
 
 
 @pytest.mark.parametrize(
