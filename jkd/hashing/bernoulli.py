@@ -5,7 +5,7 @@ Logits are clipped to [-LIMIT, LIMIT] wherever they become probabilities: logari
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, Num
+from jaxtyping import Array, Bool, Float, Key
 
 from jkd.checks import Scalar, Tensor, as_float, check_positive
 from jkd.errors import UserError, unknown
@@ -63,9 +63,7 @@ def sample_bits_relaxed(key: Key[Array, ""], logits: Logits, temperature: Scalar
     return jax.nn.sigmoid((clipped + noise) / temperature)
 
 
-def concrete_temperature(
-    t: Num[Array, ""] | float, num_steps: int, start: float = 0.5, end: float = 0.1
-) -> Float[Array, ""]:
+def concrete_temperature(t: Scalar, num_steps: int, start: float = 0.5, end: float = 0.1) -> Float[Array, ""]:
     """The temperature at step t of `num_steps`: start (end / start)^(t / num_steps), and `end` from there on.
 
     Raises:

@@ -9,14 +9,15 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from jkd.checks import Tensor
 from jkd.errors import UserError, unknown
 from jkd.nn import mixed
 from jkd.nn.layers import at_least_float32
 from jkd.nn.outputs import Outputs
 
 NORMS = ("layer", "none")
-Inputs = Num[Array, "batch *example"]
-Mask = Bool[Array, "batch tokens"]
+Inputs = Num[Tensor, "batch *example"]
+Mask = Bool[Tensor, "batch tokens"]
 
 
 def _dense(module: Any, units: int, name: str, **inits: Any) -> nn.Dense:
@@ -31,11 +32,11 @@ def _dense(module: Any, units: int, name: str, **inits: Any) -> nn.Dense:
     )
 
 
-def pool_tokens(vectors: Float[Array, "batch tokens dim"], mask: Mask) -> Float[Array, "batch dim"]:
+def pool_tokens(vectors: Float[Tensor, "batch tokens dim"], mask: Mask) -> Float[Array, "batch dim"]:
     """The mean of the vectors that are there, in float32 at least; zeros for a text of none."""
-    values = vectors.astype(at_least_float32(vectors.dtype))
-    kept = jnp.where(mask[..., None], values, 0)
-    return kept.sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1).astype(values.dtype)
+    values, there = jnp.asarray(vectors, at_least_float32(vectors.dtype)), jnp.asarray(mask)
+    kept = jnp.where(there[..., None], values, 0)
+    return kept.sum(1) / jnp.maximum(there.sum(1, keepdims=True), 1).astype(values.dtype)
 
 
 class HashEncoder(nn.Module):
@@ -96,13 +97,13 @@ class HashEncoder(nn.Module):
         wide = at_least_float32(self.dtype)
         return Outputs(logits.astype(wide), {"pool": x.astype(wide)})
 
-    def _features(self, inputs: Array, mask: Array | None, train: bool) -> Array:
+    def _features(self, inputs: Inputs, mask: Mask | None, train: bool) -> Array:
         if self.backbone is not None:
             more = {} if mask is None else {"mask": mask}
             return self.backbone(inputs, train=train, **more).logits
         if mask is not None:
             return pool_tokens(inputs, mask)
-        return inputs.reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
+        return jnp.asarray(inputs).reshape(inputs.shape[0], math.prod(inputs.shape[1:]))
 
 
 class CodeCritic(nn.Module):
@@ -121,7 +122,7 @@ class CodeCritic(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, probabilities: Float[Array, "batch bits"]) -> Float[Array, "batch bits"]:
+    def __call__(self, probabilities: Float[Tensor, "batch bits"]) -> Float[Array, "batch bits"]:
         """Returns the logits of the prediction."""
         x = jax.nn.relu(_dense(self, 2 * self.bits, "hidden")(2 * probabilities - 1))
         return _dense(self, self.bits, "logits")(x).astype(at_least_float32(self.dtype))
