@@ -165,13 +165,13 @@ def make_step(setup: Setup, arm: ConfigDict, steps: int, per_epoch: float) -> tr
     def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
         drawn, dropped = jax.random.split(key)
         logits, after = setup.train_logits(params, state.model_state, batch, dropped)
-        critics = None
+        critics: Any = None
         if arm.critic == "free":
-            one, other = (lambda q, p=params["critics"][side]: critic.apply({"params": p}, q) for side in SIDES)
-            critics = (one, other)
+            critics = tuple(functools.partial(critic.apply, {"params": params["critics"][side]}) for side in SIDES)
         terms = hashing.cmimh_terms(
             drawn,
-            *logits,
+            logits[0],
+            logits[1],
             critics,
             **weights,
             gap=arm.gap_kind,

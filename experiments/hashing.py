@@ -171,7 +171,7 @@ def _functions(config: ConfigDict, task: PairTask, kind: str, key: jax.Array, co
     if config.data.blank:  # a plan: nothing correlates or varies
         found = [hashing.Projection(np.zeros(x.shape[1]), np.zeros((x.shape[1], config.bits))) for x in sides]
     elif kind == "cca":
-        found = list(hashing.cca_projections(*sides, config.bits))
+        found = list(hashing.cca_projections(sides[0], sides[1], config.bits))
     elif kind == "pca":
         found = [hashing.pca_projection(x, config.bits) for x in sides]
     else:

@@ -230,7 +230,7 @@ def cmimh_terms(
         + gap_weight * apart
         - bit_weight * (each[0] + each[1]) / 2
     )
-    return CmimhTerms(loss, *intra, *cross, apart, *each)
+    return CmimhTerms(jnp.asarray(loss), intra[0], intra[1], cross[0], cross[1], apart, each[0], each[1])
 
 
 def cmimh_loss(
