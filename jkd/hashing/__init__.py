@@ -20,8 +20,15 @@ from jkd.hashing.bernoulli import (
     sample_bits_relaxed,
     sample_bits_st,
 )
-from jkd.hashing.codes import to_bits, to_signs
-from jkd.hashing.models import CodeCritic, HashEncoder, pool_tokens
+from jkd.hashing.codes import (
+    to_bits,
+    to_signs,
+)
+from jkd.hashing.models import (
+    CodeCritic,
+    HashEncoder,
+    pool_tokens,
+)
 from jkd.hashing.mutual_information import (
     CmimhTerms,
     bernoulli_loglik_matrix,
@@ -30,11 +37,17 @@ from jkd.hashing.mutual_information import (
     cross_mi_lower_bound,
     mi_lower_bound,
 )
+from jkd.hashing.search import (
+    Neighbors,
+    hamming_search,
+    sharded_hamming_search,
+)
 
 __all__ = [
     "CmimhTerms",
     "CodeCritic",
     "HashEncoder",
+    "Neighbors",
     "Projection",
     "bernoulli_kl",
     "bernoulli_loglik_matrix",
@@ -46,6 +59,7 @@ __all__ = [
     "concrete_temperature",
     "cross_mi_lower_bound",
     "fix_signs",
+    "hamming_search",
     "itq_projection",
     "itq_rotation",
     "lsh_projection",
@@ -57,6 +71,7 @@ __all__ = [
     "sample_bits",
     "sample_bits_relaxed",
     "sample_bits_st",
+    "sharded_hamming_search",
     "to_bits",
     "to_signs",
 ]
