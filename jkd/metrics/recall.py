@@ -57,7 +57,8 @@ def image_text_ranks(scores: Float[Tensor, "images captions"], *, captions_per_i
         _check_no_nan("scores", known)
     image_of = jnp.arange(scores.shape[1]) // captions_per_image
     return ImageTextRanks(
-        _rows_ranks(scores, jnp.arange(len(scores)), image_of), _columns_ranks(scores, jnp.arange(scores.shape[1]), image_of)
+        _rows_ranks(scores, jnp.arange(len(scores)), image_of),
+        _columns_ranks(scores, jnp.arange(scores.shape[1]), image_of),
     )
 
 
@@ -85,7 +86,7 @@ def embedding_ranks(
 ) -> ImageTextRanks:
     """`image_text_ranks` of the cosines of vectors, without the matrix of all scores.
 
-    Holds chunk_size x captions scores at a time (5,000 x 25,000 of COCO's are 500 MB): once by images, once by captions.
+    Holds chunk_size x captions scores at a time, by images and then by captions (all 5,000 x 25,000 of COCO: 500 MB).
     Vectors need not be of unit length. NaN values rank last, and so does all that they are compared with.
 
     Args:

@@ -36,8 +36,8 @@ def multi_head_pool(
 
         A = softmax over positions of W2 act(W1 X^T),    pooled_r = sum_p A_rp X_p
 
-    Without biases. Masked positions have weight 0, and nothing in them, not even NaN, reaches a value or a gradient. The
-    products are in the dtype of `feats`, the softmax is in float32 at least, and the gradients of the weights have
+    Without biases. Masked positions have weight 0, and nothing in them, not even NaN, reaches a value or a gradient.
+    The products are in the dtype of `feats`, the softmax is in float32 at least, and the gradients of the weights have
     their own dtype. An example without any position has weights and means of 0 where that is not known here.
 
     Args:
@@ -121,9 +121,7 @@ def attention_diversity(
     return reduce(jnp.sqrt(jnp.square(apart).sum((1, 2)) + eps), reduction)
 
 
-def head_overlap(
-    attn: Float[Tensor, "batch heads positions"], *, reduction: str = "mean"
-) -> Float[Array, "*reduced"]:
+def head_overlap(attn: Float[Tensor, "batch heads positions"], *, reduction: str = "mean") -> Float[Array, "*reduced"]:
     """The mean over pairs of different heads of the products of their weights, in [0, 1]; a measure, not a loss.
 
         O_b = mean over r != q of sum_p A_rp A_qp
@@ -155,7 +153,7 @@ def _products(attn: Tensor) -> Float[Array, "batch heads heads"]:
 
 
 def _product(x: Array, kernel: Tensor) -> Array:
-    """x @ kernel^T in the dtype of x, with a gradient in that of the kernel."""
+    """X @ kernel^T in the dtype of x, with a gradient in that of the kernel."""
     return mixed.dot_general(x, jnp.asarray(kernel), (((x.ndim - 1,), (1,)), ((), ())))
 
 

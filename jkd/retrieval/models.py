@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from jkd.checks import Tensor
 from jkd.errors import UserError, unknown
 from jkd.nn.layers import at_least_float32, keep, linear
 from jkd.retrieval.attention import Pooled, check_some, masked_softmax, multi_head_pool
@@ -27,9 +28,9 @@ class Embedded(NamedTuple):
     Attributes:
       vector: [batch, dim], of unit length; float32 at least.
       attention: [batch, heads, positions], float32 at least; sums to 1 over positions.
-      features: by name, "positions" [batch, positions, width]: what the heads choose from; "heads" [batch, heads, width]:
-        what each makes of it; "projected" [batch, dim]: the vector before it is normalized; "map" of an image encoder
-        with a backbone, what that gave.
+      features: by name, "positions" [batch, positions, width]: what the heads choose from; "heads" [batch, heads,
+        width]: what each makes of it; "projected" [batch, dim]: the vector before it is normalized; "map" of an image
+        encoder with a backbone, what that gave.
     """
 
     vector: Float[Array, "batch dim"]
@@ -68,8 +69,8 @@ class MultiHeadAttentionPool(nn.Module):
     @nn.compact
     def __call__(
         self,
-        feats: Float[Array, "batch positions dim"],
-        mask: Bool[Array, "batch positions"] | None = None,
+        feats: Float[Tensor, "batch positions dim"],
+        mask: Bool[Tensor, "batch positions"] | None = None,
         train: bool = False,
     ) -> Pooled:
         """Means [batch, heads, dim] and weights [batch, heads, positions].
@@ -80,7 +81,7 @@ class MultiHeadAttentionPool(nn.Module):
         check_sizes(heads=self.heads, hidden=self.hidden)
         w1 = self.param("w1", _scorer, (self.hidden, feats.shape[-1]), self.param_dtype)
         w2 = self.param("w2", _scorer, (self.heads, self.hidden), self.param_dtype)
-        feats = feats.astype(self.dtype)
+        feats = jnp.asarray(feats, self.dtype)
         scored = nn.Dropout(self.dropout, deterministic=not train)(feats)
         return multi_head_pool(feats, w1, w2, mask, self.act, scored=scored)
 
@@ -102,7 +103,7 @@ class _Head(nn.Module):
         check_sizes(dim=self.dim, heads=self.heads)
         if self.pool not in POOLS:
             raise unknown("pool", self.pool, POOLS)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.pool == "attention":
             pool = MultiHeadAttentionPool(self.heads, self.hidden, self.act, self.dropout, **types, name="pool")
             pooled, attention = pool(positions, mask, train)
@@ -163,13 +164,13 @@ class ImageEncoder(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch ..."], train: bool = False) -> Embedded:
+    def __call__(self, images: Num[Tensor, "batch ..."], train: bool = False) -> Embedded:
         """Maps images [B, H, W, C], or feature maps [B, h, w, C] or [B, positions, C], to vectors [B, dim].
 
         Raises:
           UserError: if the inputs have another rank, are not floating point, or the backbone has no such feature.
         """
-        found = {}
+        images, found = jnp.asarray(images), {}
         if self.backbone is not None:
             images = found["map"] = self._map(images, train)
         if images.ndim not in (3, 4) or not jnp.issubdtype(images.dtype, jnp.floating):
@@ -196,8 +197,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Texts to vectors of unit length: a recurrent network over word vectors, then heads over its outputs.
 
-    Words are vectors [batch, time, word_dim], or numbers int[batch, time] of a table that is learned. Dropout draws from
-    the stream "dropout".
+    Words are vectors [batch, time, word_dim], or numbers int[batch, time] of a table that is learned. Dropout draws
+    from the stream "dropout".
 
     Attributes:
       dim: D, of the vectors.
@@ -235,13 +236,14 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, words: Num[Array, "batch time *dim"], mask: Bool[Array, "batch time"], train: bool = False
+        self, words: Num[Tensor, "batch time *dim"], mask: Bool[Tensor, "batch time"], train: bool = False
     ) -> Embedded:
         """Maps words and their mask (False for padding) to vectors [B, dim].
 
         Raises:
           UserError: if words are not as above, a text is known to be empty, or a field is out of range.
         """
+        words, mask = jnp.asarray(words), jnp.asarray(mask)
         if words.shape[:2] != mask.shape or not mask.shape[1]:
             raise UserError(
                 f"words and mask must be of the same texts and words, got {list(words.shape)} and {list(mask.shape)}."
@@ -270,7 +272,7 @@ class TextEncoder(nn.Module):
     def _cell(self, width: int) -> nn.Module:
         if self.cell not in CELLS:
             raise unknown("cell", self.cell, CELLS)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "name": self.cell}
+        types: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype, "name": self.cell}
         if self.cell == "gru":
             return GRU(width, self.layers, self.cell_dropout, **types)
         return SRU(width, self.layers, self.peephole, self.cell_dropout, self.cell_dropout, **types)
@@ -291,9 +293,9 @@ class MHSAN(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "batch ..."],
-        words: Num[Array, "batch time *dim"],
-        mask: Bool[Array, "batch time"],
+        images: Num[Tensor, "batch ..."],
+        words: Num[Tensor, "batch time *dim"],
+        mask: Bool[Tensor, "batch time"],
         train: bool = False,
     ) -> MatchedPairs:
         """Embeds pairs; see the encoders."""
@@ -301,12 +303,12 @@ class MHSAN(nn.Module):
             raise UserError(f"Both encoders need one dim, got {self.image.dim} and {self.text.dim}.")
         return MatchedPairs(self.encode_image(images, train), self.encode_text(words, mask, train))
 
-    def encode_image(self, images: Float[Array, "batch ..."], train: bool = False) -> Embedded:
+    def encode_image(self, images: Num[Tensor, "batch ..."], train: bool = False) -> Embedded:
         """Embeds images alone: `model.apply(variables, images, method="encode_image")`."""
         return self.image(images, train)
 
     def encode_text(
-        self, words: Num[Array, "batch time *dim"], mask: Bool[Array, "batch time"], train: bool = False
+        self, words: Num[Tensor, "batch time *dim"], mask: Bool[Tensor, "batch time"], train: bool = False
     ) -> Embedded:
         """Embeds texts alone: `model.apply(variables, words, mask, method="encode_text")`."""
         return self.text(words, mask, train)

@@ -1,7 +1,7 @@
 """Ranking losses of visual-semantic embedding: a matching image and text are to be closer than any others."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def vse_hard_negative_loss(
         raise UserError(
             f"images and texts must have one shape [batch, dim], got {list(images.shape)} and {list(texts.shape)}."
         )
-    named = {"margin": margin, "negatives": negatives}
+    named: Any = {"margin": margin, "negatives": negatives}
     if chunk_size is None:
         return vse_ranking_loss(
             pairwise_cosine(images, texts), **named, same_image_ids=same_image_ids, reduction=reduction
@@ -179,7 +179,7 @@ def _hinges(
         # Not max, which would share the gradient among equals. argmax finds a NaN.
         hardest = jnp.take_along_axis(rest, jnp.argmax(rest, 1)[:, None], 1)
     else:
-        hardest = jax.lax.top_k(rest, negatives)[0]
+        hardest = jax.lax.top_k(rest, int(negatives))[0]
         # A NaN may be sorted to either end.
         hardest = jnp.where(jnp.isnan(rest).any(1)[:, None], jnp.nan, hardest)
     return relu(margin + hardest - own[:, None]).sum(1)

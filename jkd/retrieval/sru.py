@@ -1,23 +1,30 @@
 """Simple recurrent units: recurrences whose matrix products do not depend on the state."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from jkd.checks import Tensor
 from jkd.errors import UserError
 from jkd.nn import mixed
 from jkd.nn.layers import at_least_float32
 
 # U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), as the units' authors start their products.
 unit_variance = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-Sequence = Float[Array, "batch time dim"]
+Sequence = Float[Tensor, "batch time dim"]
+Mask = Bool[Tensor, "batch time"]
 
 
 def gated_average(
-    candidate: Sequence, forget: Sequence, peephole: Float[Array, " dim"] | None, mask: Bool[Array, "batch time"]
-) -> Sequence:
+    candidate: Float[Tensor, "batch time state"],
+    forget: Float[Tensor, "batch time state"],
+    peephole: Float[Tensor, " state"] | None,
+    mask: Mask,
+) -> Float[Array, "batch states state"]:
     """The states of an SRU before each word, and after the last: c_0 = 0, c_t = f_t c_(t-1) + (1 - f_t) u_t.
 
     f_t = sigmoid(a_t + v c_(t-1)); masked words leave the state as it is. Elementwise, in the dtype of `candidate`:
@@ -32,7 +39,7 @@ def gated_average(
     Returns:
       [batch, time + 1, dim].
     """
-    keep = mask[:, :, None]
+    candidate, forget, keep = jnp.asarray(candidate), jnp.asarray(forget), jnp.asarray(mask)[:, :, None]
     start = jnp.zeros_like(candidate[:, :1])
     if peephole is None:
         # Affine maps c -> a c + b; one after the other is another.
@@ -45,7 +52,7 @@ def gated_average(
         states = jax.lax.associative_scan(then, (scale, shift), axis=1)[1]
         return jnp.concatenate([start, states], 1)
 
-    def step(state: Array, word: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def step(state: Array, word: tuple[Array, ...]) -> tuple[Array, Array]:
         u, a, kept = word
         f = jax.nn.sigmoid(a + peephole[None] * state)
         state = jnp.where(kept, f * state + (1 - f) * u, state)
@@ -82,10 +89,10 @@ class SRULayer(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Sequence, mask: Bool[Array, "batch time"], train: bool = False) -> Sequence:
+    def __call__(self, x: Sequence, mask: Mask, train: bool = False) -> Float[Array, "batch time features"]:
         """Outputs [batch, time, features] in `dtype`; what they are at masked words says nothing."""
         wide, same = at_least_float32(self.dtype), x.shape[-1] == self.features
-        x = x.astype(self.dtype)
+        x, mask = jnp.asarray(x, self.dtype), jnp.asarray(mask)
         seen = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)(x)
         products = self._dense(self.features * (3 if same else 4), "products")(seen).astype(wide)
         u, forget, reset, *other = jnp.split(products, 3 if same else 4, axis=-1)
@@ -136,14 +143,15 @@ class SRU(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Sequence, mask: Bool[Array, "batch time"], train: bool = False) -> Sequence:
+    def __call__(self, x: Sequence, mask: Mask, train: bool = False) -> Float[Array, "batch time features"]:
         """Outputs [batch, time, features] in `dtype`.
 
         Raises:
           UserError: without a layer.
         """
         check_layers(self.layers)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x, mask = jnp.asarray(x), jnp.asarray(mask)
+        types: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         for k in range(self.layers):
             if k:
                 x = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)(x)
@@ -159,7 +167,7 @@ class _MaskedGRUCell(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, state: Array, word: tuple[Array, Array]) -> tuple[Array, Array]:
+    def __call__(self, state: Array, word: Any) -> tuple[Array, Array]:
         x, kept = word
         cell = nn.GRUCell(self.features, dtype=state.dtype, param_dtype=self.param_dtype, name="cell")
         state = jnp.where(kept, cell(state, x)[0], state)
@@ -184,13 +192,14 @@ class GRU(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Sequence, mask: Bool[Array, "batch time"], train: bool = False) -> Sequence:
+    def __call__(self, x: Sequence, mask: Mask, train: bool = False) -> Float[Array, "batch time features"]:
         """Outputs [batch, time, features] in `dtype`.
 
         Raises:
           UserError: without a layer.
         """
         check_layers(self.layers)
+        x, mask = jnp.asarray(x), jnp.asarray(mask)
         x = x.astype(at_least_float32(self.dtype))
         over_time = nn.scan(
             _MaskedGRUCell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1

@@ -33,7 +33,7 @@ class Gates(NamedTuple):
     image_diversity: Bool[Array, ""]
 
 
-def epoch_gates(epoch: ArrayLike, *, text_from: float = 5, image_from: float = 20) -> Gates:
+def epoch_gates(epoch: ArrayLike, *, text_from: float | int = 5, image_from: float | int = 20) -> Gates:
     """Which parts of two encoders train in an epoch; the projection of the images always does.
 
         text  (all of it, and its diversity)                    epoch >= text_from
@@ -54,7 +54,7 @@ def epoch_gates(epoch: ArrayLike, *, text_from: float = 5, image_from: float = 2
     known = concrete(epoch)
     if known is not None and not known >= 0:
         raise UserError(f"epoch must be >= 0, got {epoch}.")
-    text, image = (jnp.asarray(epoch >= start) for start in (text_from, image_from))
+    text, image = (jnp.asarray(epoch) >= start for start in (text_from, image_from))
     return Gates(text, image, text, image)
 
 
@@ -115,9 +115,9 @@ def _from_step(
 
 
 def rate_factors(
-    steps_per_epoch: float,
-    epochs: Sequence[float] = (2, 5, 10, 40),
-    factors: Sequence[float] = (0.2, 0.5, 0.1, 0.1),
+    steps_per_epoch: float | int,
+    epochs: Sequence[float | int] = (2, 5, 10, 40),
+    factors: Sequence[float | int] = (0.2, 0.5, 0.1, 0.1),
 ) -> Callable[[ArrayLike], ArrayLike]:
     """The factor of the learning rate at a step: the product of the factors whose epochs have begun.
 
