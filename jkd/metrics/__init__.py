@@ -34,7 +34,7 @@ from jkd.metrics.diversity import (
     nearest_reference,
 )
 from jkd.metrics.frechet import MomentSums, frechet_distance, moment_sums, moments
-from jkd.metrics.hamming import hamming_distance
+from jkd.metrics.hamming import hamming_distance, pack_bits, packed_hamming_distance, unpack_bits
 from jkd.metrics.kid import SubsetKid, kid, kid_over_subsets
 from jkd.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, manifold_precision_recall
 from jkd.metrics.perceptual import pairwise_perceptual_distances, perceptual_distance
@@ -46,6 +46,17 @@ from jkd.metrics.recall import (
     image_text_ranks,
     image_text_recall,
     recall_of_ranks,
+)
+from jkd.metrics.retrieval import (
+    MeanAveragePrecision,
+    Precision,
+    PrecisionRecallCurve,
+    hamming_mean_average_precision,
+    mean_average_precision,
+    precision_at_k,
+    precision_at_radius,
+    precision_recall,
+    share_label,
 )
 from jkd.metrics.statistics import (
     Interval,
@@ -65,10 +76,13 @@ __all__ = [
     "ImageTextRecall",
     "Interval",
     "IntraClusterDistance",
+    "MeanAveragePrecision",
     "MomentSums",
     "PairedDifference",
     "PerClassCounts",
+    "Precision",
     "PrecisionRecall",
+    "PrecisionRecallCurve",
     "SubsetKid",
     "agreement_counts",
     "attention_counts",
@@ -88,6 +102,7 @@ __all__ = [
     "expected_calibration_error",
     "frechet_distance",
     "hamming_distance",
+    "hamming_mean_average_precision",
     "holm",
     "image_text_ranks",
     "image_text_recall",
@@ -99,21 +114,29 @@ __all__ = [
     "manifold_precision_recall",
     "match_log_pvalue",
     "matching_bits",
+    "mean_average_precision",
     "mean_interval",
     "moment_sums",
     "moments",
     "mutual_information",
     "nearest_reference",
     "normalized_mutual_information",
+    "pack_bits",
+    "packed_hamming_distance",
     "paired_difference",
     "pairwise_perceptual_distances",
     "per_class_counts",
     "perceptual_distance",
+    "precision_at_k",
+    "precision_at_radius",
+    "precision_recall",
     "predicted_class",
     "prediction_agreement",
     "predictive_entropy",
     "predictive_kl",
     "recall_of_ranks",
+    "share_label",
     "spearman",
     "topk_correct",
+    "unpack_bits",
 ]
