@@ -15,12 +15,8 @@ from jkd.data.augment import pad_crop as pad_crop
 from jkd.data.augment import rotate as rotate
 from jkd.data.augment import rotation_bank as rotation_bank
 from jkd.data.augment import shift as shift
-<<<<<<< HEAD
 from jkd.data.captioned import read_captioned as read_captioned
-from jkd.data.captions import Vocabulary as Vocabulary
-=======
 from jkd.data.captions import label_captions as label_captions
->>>>>>> main
 from jkd.data.dataset import Dataset as Dataset
 from jkd.data.dataset import blank as blank
 from jkd.data.dataset import concat as concat
@@ -57,6 +53,7 @@ from jkd.data.source import MemorySource as MemorySource
 from jkd.data.source import Source as Source
 from jkd.data.source import StreamSource as StreamSource
 from jkd.data.source import source as source
+from jkd.data.vocabulary import Vocabulary as Vocabulary
 from jkd.data.warp import random_resized_crop as random_resized_crop
 from jkd.data.warp import random_rotation as random_rotation
 from jkd.data.warp import resize as resize

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jkd.data.captions import PADDING
 from jkd.data.examples import Examples, from_columns
 from jkd.data.rows import Batch, Rows
+from jkd.data.vocabulary import PADDING
 from jkd.errors import UserError
 
 NEEDED, OPTIONAL = ("image", "words", "split"), ("mask", "table")

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jkd.data.captions import PADDING, Vocabulary, check_at_least, names, write_captions
 from jkd.data.dataset import Dataset
 from jkd.data.examples import Examples, from_columns
 from jkd.data.seeding import random_state
+from jkd.data.vocabulary import PADDING, Vocabulary, check_at_least, names, write_captions
 from jkd.errors import UserError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

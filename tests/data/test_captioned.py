@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from jkd import data
-from jkd.data.captions import PADDING, Vocabulary, write_captions
 from jkd.data.seeding import random_state
+from jkd.data.vocabulary import PADDING, Vocabulary, write_captions
 from jkd.errors import UserError
 
 SCENES = data.make_scenes(40, 0, noise=0.0)
