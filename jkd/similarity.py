@@ -58,6 +58,21 @@ def pairwise_cosine(
         raise UserError(
             f"a and b must have the shapes [rows, dim] and [columns, dim], got {list(a.shape)} and {list(b.shape)}."
         )
-    unit_a, unit_b = (x / jnp.sqrt(jnp.square(x).sum(1, keepdims=True) + eps) for x in (a, b))
     # The default precision of a TPU would leave three digits, too few to tell similar vectors apart.
-    return jnp.matmul(unit_a, unit_b.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(unit_rows(a, eps=eps), unit_rows(b, eps=eps).T, precision=jax.lax.Precision.HIGHEST)
+
+
+def unit_rows(x: Float[Tensor, "*shape dim"], *, eps: Scalar = EPS) -> Float[Array, "*shape dim"]:
+    """Vectors along the last axis divided by their lengths: x / sqrt(|x|^2 + eps).
+
+    In float32 at least; a zero vector stays zero, with a gradient of at most 1 / sqrt(eps). A NaN gives NaN.
+
+    Args:
+      x: one vector a row.
+      eps: > 0, in the square of the unit of the vectors.
+
+    Raises:
+      UserError: if `x` is not floating point.
+    """
+    x = as_float("x", x)
+    return x / jnp.sqrt(jnp.square(x).sum(-1, keepdims=True) + eps)

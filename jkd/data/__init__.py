@@ -15,6 +15,7 @@ from jkd.data.augment import pad_crop as pad_crop
 from jkd.data.augment import rotate as rotate
 from jkd.data.augment import rotation_bank as rotation_bank
 from jkd.data.augment import shift as shift
+from jkd.data.captioned import read_captioned as read_captioned
 from jkd.data.captions import label_captions as label_captions
 from jkd.data.dataset import Dataset as Dataset
 from jkd.data.dataset import blank as blank
@@ -42,6 +43,9 @@ from jkd.data.policies import apply_operations as apply_operations
 from jkd.data.policies import auto_augment as auto_augment
 from jkd.data.policies import rand_augment as rand_augment
 from jkd.data.registry import load as load
+from jkd.data.scenes import Captioned as Captioned
+from jkd.data.scenes import make_collages as make_collages
+from jkd.data.scenes import make_scenes as make_scenes
 from jkd.data.seeding import epoch_order as epoch_order
 from jkd.data.sentences import SentenceEncoder as SentenceEncoder
 from jkd.data.sentences import sentence_encoder as sentence_encoder
@@ -49,6 +53,7 @@ from jkd.data.source import MemorySource as MemorySource
 from jkd.data.source import Source as Source
 from jkd.data.source import StreamSource as StreamSource
 from jkd.data.source import source as source
+from jkd.data.vocabulary import Vocabulary as Vocabulary
 from jkd.data.warp import random_resized_crop as random_resized_crop
 from jkd.data.warp import random_rotation as random_rotation
 from jkd.data.warp import resize as resize

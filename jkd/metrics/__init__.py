@@ -38,6 +38,15 @@ from jkd.metrics.hamming import hamming_distance, pack_bits, packed_hamming_dist
 from jkd.metrics.kid import SubsetKid, kid, kid_over_subsets
 from jkd.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, manifold_precision_recall
 from jkd.metrics.perceptual import pairwise_perceptual_distances, perceptual_distance
+from jkd.metrics.recall import (
+    ImageTextRanks,
+    ImageTextRecall,
+    embedding_ranks,
+    embedding_recall,
+    image_text_ranks,
+    image_text_recall,
+    recall_of_ranks,
+)
 from jkd.metrics.retrieval import (
     MeanAveragePrecision,
     Precision,
@@ -63,6 +72,8 @@ __all__ = [
     "AttentionCounts",
     "CalibrationBins",
     "DensityCoverage",
+    "ImageTextRanks",
+    "ImageTextRecall",
     "Interval",
     "IntraClusterDistance",
     "MeanAveragePrecision",
@@ -84,6 +95,8 @@ __all__ = [
     "detection_threshold",
     "ece",
     "ece_unweighted",
+    "embedding_ranks",
+    "embedding_recall",
     "entropy",
     "euclidean_distances",
     "expected_calibration_error",
@@ -91,6 +104,8 @@ __all__ = [
     "hamming_distance",
     "hamming_mean_average_precision",
     "holm",
+    "image_text_ranks",
+    "image_text_recall",
     "intra_cluster_distance",
     "intra_cluster_distance_of_matrices",
     "joint_histogram",
@@ -119,6 +134,7 @@ __all__ = [
     "prediction_agreement",
     "predictive_entropy",
     "predictive_kl",
+    "recall_of_ranks",
     "share_label",
     "spearman",
     "topk_correct",
