@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -206,7 +207,7 @@ def _database(searcher: Searcher, side: str, published: Any, consts: Any, mesh: 
         return _read(file, about)
 
     def encode(args: Any, batch: Any, key: Any) -> jax.Array:
-        return searcher.encode(side, *args, batch)
+        return searcher.encode(side, args[0], args[1], batch)
 
     found = train.sweep(encode, (published, consts), source, mesh=mesh)
     if not np.isfinite(found).all():
@@ -231,7 +232,7 @@ def _read(file: epath.Path, about: Mapping[str, Any]) -> _Database:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
             same = str(stored["about"]) == json.dumps(about, sort_keys=True)
             found = _Database(stored["items"], int(stored["of_row"]))
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged; remove it, and it will be made again.") from error
     if not same:
         raise UserError(f"{file} is of other weights or rows than this run's; remove it, and it will be made again.")

@@ -39,9 +39,10 @@ def config(workdir):
 
 def test_finds_what_the_codes_say(workdir, config, capsys):
     search.main(["--workdir", str(workdir), "--query", "data:3", "--stage", "cca", "--seed", "1", "--top", "4"])
-    assert "Searched 1397 items of second by cca" in " ".join(capsys.readouterr().out.split())
+    assert "Searched 1697 items of second by cca" in " ".join(capsys.readouterr().err.split())
     (picture,) = (workdir / "search").glob("*.png")
-    assert Image.open(picture).width > 100
+    with Image.open(picture) as image:
+        assert image.width > 100
     hits = search.search(config, str(workdir), "data:3", 4, "cca", 1)
     # The same by hand: linear functions of the stored rows.
     outcome = train.load_outcome(workdir, "cca")
@@ -85,8 +86,9 @@ def test_kept_codes_are_read_and_never_replaced(workdir, config, monkeypatch):
         patch.setattr(train, "sweep", None)  # nothing is encoded again
         again = search.search(config, str(workdir), "data:0", 5, "full")
     np.testing.assert_array_equal(first.rows, again.rows)
+    search.search(config, str(workdir), "data:0", 5, "full", into="first")
     try:
-        (workdir / "search" / "full-0-second.npz").write_bytes((workdir / "search" / "full-0-first.npz").read_bytes())
+        file.write_bytes((workdir / "search" / "full-0-first.npz").read_bytes())
         with pytest.raises(UserError, match="is of other weights or rows"):
             search.search(config, str(workdir), "data:0", 5, "full")
         file.write_bytes(stored[:-100])
@@ -115,7 +117,7 @@ def test_errors(workdir, config, tmp_path):
         ("data:60", {}, r"needs N in 0..59, got '60'"),
         ("warm coat", {}, r"neither a file nor words .* \(first: image, second: image\)"),
         ("none.png", {}, "must be an .npy file of numbers"),
-        ("data:0", {"top": 1398}, r"--top must lie in \[1, 1397\]"),
+        ("data:0", {"top": 1698}, r"--top must lie in \[1, 1697\]"),
         ("data:0", {"asks": "third"}, "Unknown side 'third'"),
         ("data:0", {"seed": 2}, r"--seed must lie in 0..1, got 2"),
         ("data:0", {"stage": "free"}, "no finished stage 'free'"),
