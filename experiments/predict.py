@@ -98,7 +98,7 @@ def read_input(spec: str, config: Any, shape: tuple[int, ...]) -> tuple[data.Dat
     path = pathlib.Path(spec)
     if path.is_dir():
         found = Files(path, shape, resize=config.image_size > 0)
-        dataset = data.Dataset(path.name, 2, found.shape, found, np.arange(len(found), dtype=np.int32))
+        dataset = data.Dataset(path.name, 2, found, np.arange(len(found), dtype=np.int32), shape=found.shape)
         return dataset, {"file": np.array([file.name for file in found.files])}
     array = _load_array(path, shape)
     return data.from_arrays(array, np.zeros(len(array), np.int32), name=path.name), {}

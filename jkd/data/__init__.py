@@ -19,6 +19,9 @@ from jkd.data.dataset import Dataset as Dataset
 from jkd.data.dataset import blank as blank
 from jkd.data.dataset import concat as concat
 from jkd.data.dataset import from_arrays as from_arrays
+from jkd.data.examples import Examples as Examples
+from jkd.data.examples import blank_columns as blank_columns
+from jkd.data.examples import from_columns as from_columns
 from jkd.data.hierarchy import Hierarchy as Hierarchy
 from jkd.data.hierarchy import make_hierarchy as make_hierarchy
 from jkd.data.idx import read_idx as read_idx

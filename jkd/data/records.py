@@ -74,7 +74,7 @@ class RecordRows(Rows):
     def in_memory(self) -> ArrayRows:
         """Reads all rows into whole arrays."""
         chunks = [self.read(rows) for rows in _ranges(len(self))]
-        return ArrayRows(*(np.concatenate([chunk[name] for chunk in chunks]) for name in ("image", "label")))
+        return ArrayRows(**{name: np.concatenate([chunk[name] for chunk in chunks]) for name in ("image", "label")})
 
     def _fetch(self, rows: np.ndarray) -> list[Any]:
         wanted = np.asarray(rows).tolist()

@@ -98,7 +98,7 @@ def load(
 def _dataset(name: str, records, in_memory: bool) -> Dataset:
     rows: Rows = records.in_memory() if in_memory else records
     everything = np.arange(len(rows), dtype=np.int32)
-    return Dataset(name, records.num_classes, records.shape, rows, everything, records.parts)
+    return Dataset(name, records.num_classes, rows, everything, records.parts, shape=records.shape)
 
 
 def _idx_folder(name: str, data_dir: str | None) -> str | None:

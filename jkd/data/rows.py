@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ IN_MEMORY_BYTES = 1_000_000_000
 
 
 class Rows(abc.ABC):
-    """Labelled images that are read by row number.
+    """Labelled rows of one or several columns, such as images, that are read by row number.
 
     Attributes:
       arrays: all rows as whole arrays, or None where they stay on disk.
@@ -27,14 +27,14 @@ class Rows(abc.ABC):
     @property
     @abc.abstractmethod
     def labels(self) -> np.ndarray:
-        """The class of every row, int32[rows]."""
+        """The class of every row, int32[rows], or its classes, bool[rows, classes]."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
-        """Reads `rows` as {"image": uint8[n, H, W, C], "label": int32[n]}.
+        """Reads `rows` as {column: array[n, ...]}, "label" among them; images are uint8[n, H, W, C].
 
         With a `seed`, images of variable size take a random resized crop that (seed, position) decides;
         without one they take the central crop. Images of fixed size are read as they are.
@@ -46,8 +46,9 @@ class ArrayRows(Rows):
 
     arrays: Batch
 
-    def __init__(self, image: np.ndarray, label: np.ndarray):
-        self.arrays = {"image": image, "label": label}
+    def __init__(self, **columns: np.ndarray):
+        """Holds columns of equal length, "label" among them."""
+        self.arrays = columns
 
     def __len__(self) -> int:
         return len(self.arrays["label"])
@@ -69,10 +70,11 @@ class ArrayRows(Rows):
 
 
 class BlankRows(Rows):
-    """Black images with balanced labels, made when they are read."""
+    """Zeros (black images) with labels, made when they are read."""
 
-    def __init__(self, label: np.ndarray, shape: tuple[int, int, int]):
-        self._label, self._shape = label, shape
+    def __init__(self, label: np.ndarray, columns: Mapping[str, tuple[tuple[int, ...], Any]]):
+        """Takes the (shape of one row, dtype) of every column but the labels."""
+        self._label, self._columns = label, columns
 
     def __len__(self) -> int:
         return len(self._label)
@@ -83,8 +85,9 @@ class BlankRows(Rows):
         return self._label
 
     def read(self, rows: np.ndarray, seed: int | None = None, positions: np.ndarray | None = None) -> Batch:
-        """Black images and their labels."""
-        return {"image": np.zeros((len(rows), *self._shape), np.uint8), "label": self._label[rows]}
+        """Zeros and labels."""
+        zeros = {name: np.zeros((len(rows), *shape), kind) for name, (shape, kind) in self._columns.items()}
+        return {**zeros, "label": self._label[rows]}
 
 
 class JoinedRows(Rows):
@@ -124,5 +127,35 @@ def check_arrays(name: str, image: np.ndarray, label: np.ndarray, num_classes: i
         raise UserError(f"Images of {name!r} must be uint8[N, H, W, C], got {image.dtype}{list(image.shape)}.")
     if label.shape != image.shape[:1]:
         raise UserError(f"{name!r} has {len(image)} images but labels of shape {list(label.shape)}.")
+    check_labels(name, label, num_classes)
+
+
+def check_labels(name: str, label: np.ndarray, num_classes: int) -> None:
+    """Raises UserError unless all labels are in [0, num_classes)."""
     if label.size and not (label.min() >= 0 and label.max() < num_classes):
         raise UserError(f"Labels of {name!r} must be in [0, {num_classes}), got {label.min()} to {label.max()}.")
+
+
+def check_columns(name: str, columns: Batch, num_classes: int | None) -> int:
+    """The number of classes of columns; UserError unless they are as `from_columns` says."""
+    if "label" not in columns or "index" in columns:
+        raise UserError(
+            f"{name!r} needs a column 'label', and none 'index', which batches add; it has {', '.join(columns)}."
+        )
+    label = columns["label"]
+    lengths = {key: len(column) if column.ndim else 0 for key, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise UserError(f"The columns of {name!r} must be of equal length, got {lengths}.")
+    for key, column in columns.items():
+        if column.dtype == np.float32 and not np.isfinite(column).all():
+            row = int(np.argmin(np.isfinite(column.reshape(len(column), -1)).all(1)))
+            raise UserError(f"Column {key!r} of {name!r} holds NaN or inf, first in row {row}.")
+    if label.dtype == np.bool_ and label.ndim == 2 and num_classes in (None, label.shape[1]):
+        return label.shape[1]
+    if label.dtype != np.int32 or label.ndim != 1:
+        expected = f"bool[N, {'classes' if num_classes is None else num_classes}]"
+        raise UserError(f"Labels of {name!r} must be int[N] or {expected}, got {label.dtype}{list(label.shape)}.")
+    if num_classes is None:
+        num_classes = int(label.max(initial=-1)) + 1
+    check_labels(name, label, num_classes)
+    return num_classes

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkd.data.dataset import Dataset
+from jkd.data.examples import Examples
 from jkd.data.rows import IN_MEMORY_BYTES, ArrayRows
 from jkd.data.seeding import epoch_order, random_state
 from jkd.errors import UserError, unknown
@@ -25,7 +25,7 @@ RESIDENT = ("auto", "device", "stream")
 
 
 def assemble_resident(resident: Tree, crossed: Tree) -> Tree:
-    """Gathers {"image", "label", "index"} from the arrays on the device by the row numbers that crossed."""
+    """Gathers all columns, and "index", from the arrays on the device by the row numbers that crossed."""
     index = crossed["index"]
     gathered = jax.tree.map(lambda rows: jnp.asarray(rows).at[index].get(mode="promise_in_bounds"), resident)
     return gathered | {"index": index}
@@ -41,8 +41,9 @@ def assemble_streamed(resident: Tree, crossed: Tree) -> Tree:
 class Source(abc.ABC):
     """Batches of `batch_size` (global) examples of `dataset`; `seed` None is data set order.
 
-    A batch is {"image": uint8[B, H, W, C], "label": int32[B], "index": int32[B]}, where index counts the rows
-    of the set that was loaded, before any subset was taken: it finds an example's cached teacher logits.
+    A batch is {"image": uint8[B, H, W, C], "label": int32[B], "index": int32[B]}, or all columns of `from_columns`
+    and "index", which counts the rows of the set that was loaded, before any subset was taken: it finds an example's
+    cached teacher logits.
 
     Attributes:
       dataset: the examples.
@@ -51,7 +52,7 @@ class Source(abc.ABC):
       prefetch: how many batches ahead a loop should prepare `local`; 0 where it is cheap.
     """
 
-    dataset: Dataset
+    dataset: Examples
     batch_size: int
     seed: int | None = None
     prefetch: int = dataclasses.field(default=0, kw_only=True)
@@ -149,7 +150,7 @@ class MemorySource(Source):
 
     @property
     def resident(self) -> Tree:
-        """All rows of the loaded set, {"image", "label"}: subsets of it share them."""
+        """All rows of the loaded set, by column: subsets of it share them."""
         return self.dataset.rows.arrays  # type: ignore[return-value]
 
     def local(self, t: int, rows: np.ndarray | None = None) -> Tree:
@@ -179,7 +180,7 @@ class StreamSource(Source):
             raise UserError(f"workers and prefetch must be at least 1, got {self.workers} and {self.prefetch}.")
 
     def local(self, t: int, rows: np.ndarray | None = None) -> Tree:
-        """Reads these rows: {"image", "label", "index"}."""
+        """Reads these rows: all columns and "index"."""
         index = self._rows(t, rows)
         positions = t * self.batch_size + (np.arange(self.batch_size) if rows is None else rows)
         return self.dataset.rows.read(index, self.seed, positions) | {"index": index}
@@ -194,7 +195,7 @@ class StreamSource(Source):
 
 
 def source(
-    dataset: Dataset,
+    dataset: Examples,
     batch_size: int,
     seed: int | None = None,
     *,

@@ -150,7 +150,7 @@ class BrokenRows(ArrayRows):
 
 def test_an_error_of_the_disk_reaches_the_loop(digits):
     rows = BrokenRows(**digits.arrays)
-    dataset = data.Dataset("broken", 3, digits.shape, rows, digits.indices)
+    dataset = data.Dataset("broken", 3, rows, digits.indices, shape=digits.shape)
     with pytest.raises(OSError, match="disk unplugged"):
         next(data.StreamSource(dataset, 4, 0).iterate(0, 3))
 
