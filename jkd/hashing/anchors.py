@@ -1,11 +1,12 @@
 """Anchor graphs: the similarity of rows through a few anchors, in factors of [rows, anchors] and never [rows, rows]."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jkd.checks import Scalar, Tensor, as_float, check_positive, concrete
 from jkd.errors import UserError
@@ -24,8 +25,8 @@ class SparseRows:
       columns: how many there are; static.
     """
 
-    indices: Int[Array, "rows entries"]
-    values: Float[Array, "rows entries"]
+    indices: Any  # also what jax puts in the place of arrays when it traces
+    values: Any
     columns: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -108,7 +109,7 @@ def kmeans(
     if len(rows) < clusters:
         raise UserError(f"clusters={clusters} needs at least as many rows, got {len(rows)}.")
 
-    def lloyd(_: int, centers: Array) -> Array:
+    def lloyd(_: Array | int, centers: Array) -> Array:
         own = jax.nn.one_hot(_squares(rows, centers).argmin(1), clusters, dtype=rows.dtype)
         counts, sums = own.sum(0)[:, None], jnp.matmul(own.T, rows, precision=HIGHEST)
         return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), centers)

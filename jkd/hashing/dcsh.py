@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from jkd.checks import Scalar, Tensor, concrete
 from jkd.errors import UserError
-from jkd.hashing.baselines import itq_rotation
+from jkd.hashing.baselines import fix_signs, itq_rotation
 from jkd.hashing.codes import to_signs
 from jkd.hashing.spectral import (
     Embedding,
@@ -148,14 +148,14 @@ def update_b(
     Raises:
       UserError: if codes are known to be neither -1 nor 1.
     """
-    start = _signs(codes, jnp.asarray(targets))
+    start, views = _signs(codes, jnp.asarray(targets)), [jnp.asarray(view) for view in views]
     scales = _scales(views, eigenvalues, alpha, start)
     pull = jnp.asarray(rho, start.dtype) / len(start) * jnp.asarray(targets)
 
     def step(_: Array | int, signs: Array) -> Array:
         gradient = pull
         for view, scale in zip(views, scales, strict=True):
-            gradient = gradient + product(view, scale[:, None] * product(jnp.asarray(view).T, signs))
+            gradient = gradient + product(view, scale[:, None] * product(view.T, signs))
         return jnp.where(gradient > 0, 1, jnp.where(gradient < 0, -1, signs)).astype(signs.dtype)
 
     return jax.lax.fori_loop(0, inner, step, start).astype(jnp.int8)
@@ -192,7 +192,7 @@ def update_y(
         raise UserError(f"{bits} bits need at least {bits + 1} rows, got {rows}.")
     middle = centered(signs)
     values, right = jnp.linalg.eigh(product(middle.T, middle))
-    rounding = bits * jnp.finfo(signs.dtype).eps
+    rounding = 10 * bits * jnp.finfo(signs.dtype).eps
     sound = values > rounding * rows * bits
     left = product(middle, right / jnp.sqrt(jnp.where(sound, values, 1))[None])
     return jnp.sqrt(jnp.asarray(rows, signs.dtype)) * product(orthonormal(key, left, sound), right.T)
@@ -265,7 +265,7 @@ def initial_codes(
     common, tau = left_singular(
         keys[-3], product(joined.T, joined), lambda right: centered(product(joined, right)), bits
     )
-    scores = jnp.sqrt(jnp.asarray(len(common), common.dtype)) * common * jnp.square(tau)[None]
+    scores = jnp.sqrt(jnp.asarray(len(common), common.dtype)) * fix_signs(common) * jnp.square(tau)[None]
     codes = to_signs(product(scores, itq_rotation(keys[-2], scores, itq_iters)))
     targets = update_y(keys[-1], codes, dtype=common.dtype)
     return DCSHState(
@@ -316,9 +316,7 @@ def objective_of(
 ) -> Float[Array, ""]:
     """`dcsh_objective` of a state."""
     weights = state.eigenvalues if weight_eigs else None
-    return dcsh_objective(
-        factors, state.views, state.codes, state.targets, alpha=alpha, rho=rho, eigenvalues=weights
-    )
+    return dcsh_objective(factors, state.views, state.codes, state.targets, alpha=alpha, rho=rho, eigenvalues=weights)
 
 
 def fit_binary_codes(

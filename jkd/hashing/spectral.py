@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Key
 
 from jkd.checks import Tensor, as_float, concrete
@@ -98,21 +99,24 @@ def orthonormal(
 
     Sound columns must be nearly orthonormal: they are moved as little as possible.
     """
-    found = _polished(centered(jnp.where(sound[None], columns, 0)), sound)
-    rest = jnp.where(sound[None], 0, jax.random.normal(key, columns.shape, columns.dtype))
-    for _ in range(2):  # the second time for what rounding left of the first
-        rest = centered(rest)
-        rest = _polished(rest - product(found, product(found.T, rest)), ~sound)
-    return found + rest
+    unit = jnp.eye(len(sound), dtype=columns.dtype)
 
+    def polished(_: Array | int, x: Array) -> Array:
+        return product(x, 1.5 * unit - 0.5 * product(x.T, x))  # Newton's iteration for X (X^T X)^(-1/2)
 
-def _polished(columns: Array, kept: Array) -> Array:
-    """X (X^T X)^(-1/2) for the kept columns; the others are 0 and stay so."""
-    norms = jnp.sqrt(jnp.square(columns).sum(0, keepdims=True))
-    columns = columns / jnp.where(norms == 0, 1, norms)
-    values, vectors = jnp.linalg.eigh(product(columns.T, columns) + jnp.diag((~kept).astype(columns.dtype)))
-    tiny = jnp.finfo(columns.dtype).eps
-    return product(columns, product(vectors * jax.lax.rsqrt(jnp.maximum(values, tiny))[None], vectors.T))
+    def separated(_: Array | int, x: Array) -> Array:
+        x = centered(x)
+        x = x - product(found, product(found.T, x))
+        norms = jnp.sqrt(jnp.square(x).sum(0, keepdims=True))
+        x = x / jnp.where(norms == 0, 1, norms)
+        # A little more than X^T X, so that what rounding leaves of it has a root; the next round makes up for it.
+        ridge = len(unit) * jnp.finfo(x.dtype).eps
+        root = jnp.linalg.cholesky(product(x.T, x) + jnp.diag(jnp.where(sound, 1, ridge).astype(x.dtype)))
+        return product(x, solve_triangular(root, unit, lower=True).T)
+
+    found = jax.lax.fori_loop(0, 4, polished, centered(jnp.where(sound[None], columns, 0)))
+    random = jax.random.normal(key, columns.shape, columns.dtype)
+    return found + jax.lax.fori_loop(0, 3, separated, jnp.where(sound[None], 0, random))
 
 
 def left_singular(
@@ -127,7 +131,7 @@ def left_singular(
     """
     values, vectors = jnp.linalg.eigh(gram)
     values, vectors = values[::-1][:bits], vectors[:, ::-1][:, :bits]
-    rounding = len(gram) * jnp.finfo(gram.dtype).eps
+    rounding = 10 * len(gram) * jnp.finfo(gram.dtype).eps
     sound = values > rounding * jnp.maximum(values[0], rounding)
     singular = jnp.where(sound, jnp.sqrt(jnp.where(sound, values, 1)), 0)
     columns = times(vectors / jnp.where(sound, singular, 1)[None])

@@ -64,7 +64,11 @@ class TextCNNHash(nn.Module):
 
     @nn.compact
     def __call__(
-        self, words: Float[Tensor, "batch words dim"], train: bool = False, *, mask: Bool[Tensor, "batch words"] | None = None
+        self,
+        words: Float[Tensor, "batch words dim"],
+        train: bool = False,
+        *,
+        mask: Bool[Tensor, "batch words"] | None = None,
     ) -> Outputs:
         """Returns logits [batch, bits] and the features "pool", the maxima; without a mask all words are valid."""
         x, valid = _words(words, mask)
@@ -95,9 +99,7 @@ class TextCNNHash(nn.Module):
 
 def _words(words: Any, mask: Any) -> tuple[Array, Array]:
     if jnp.ndim(words) != 3 or not jnp.issubdtype(words.dtype, jnp.floating):
-        raise UserError(
-            f"words must be floating point [batch, words, dim], got {words.dtype}{list(jnp.shape(words))}."
-        )
+        raise UserError(f"words must be floating point [batch, words, dim], got {words.dtype}{list(jnp.shape(words))}.")
     if mask is None:
         return jnp.asarray(words), jnp.ones(words.shape[:2], bool)
     if jnp.shape(mask) != words.shape[:2] or mask.dtype != jnp.bool_:
@@ -141,7 +143,7 @@ class ImageHashNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: Float[Tensor, "batch *image"], train: bool = False) -> Outputs:
+    def __call__(self, images: Float[Tensor, " batch *image"], train: bool = False) -> Outputs:
         """Returns logits [batch, bits] and the features "pool", the hidden layer, beside those of the backbone."""
         if jnp.ndim(images) < 2 or not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(f"images must be floating point [batch, ..], got {images.dtype}{list(jnp.shape(images))}.")

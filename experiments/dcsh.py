@@ -1,0 +1,256 @@
+"""Unsupervised spectral hashing of two modalities: codes that their graphs share, and networks that learn these codes.
+
+Hoang et al., Unsupervised Deep Cross-modality Spectral Hashing, IEEE TIP 2020. The objective of the codes is an
+instance of the method's idea and not the paper's own equations (see `jkd.hashing.dcsh`).
+
+An arm is a kind of codes: of both graphs ("joint") or one ("first", "second"), random hyperplanes through features
+("lsh"; "lsh_first", "lsh_second" of one side), all of which networks then learn; or linear functions of each side, of
+which nothing is learned ("cca", "pca").
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import classification as cls
+from experiments import dcsh_codes
+from experiments import hashing as judge
+from experiments import networks as nets
+from experiments.dcsh_codes import GRAPHS, HYPERPLANES, SUFFIX
+from experiments.optimizers import check_optimizer, make_optimizer
+from experiments.pairs import SIDES, PairTask, load_pairs
+from jkd import hashing, nn, train
+from jkd.errors import UserError, unknown
+
+LINEAR = ("cca", "pca")
+LOSSES: dict[str, Callable] = {"bce": hashing.hash_bce, "tanh": hashing.hash_regression}
+BASELINE = "lsh"
+MEASURE = judge.MEASURE
+
+
+def selected_arms(config: ConfigDict) -> list[str]:
+    """The arms to run: those in `only`, or all."""
+    for name in config.only:
+        if name not in config.arms:
+            raise unknown("arm in config.only", name, tuple(config.arms))
+    return list(config.only or config.arms)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for what could not be run, before any data is read."""
+    cls.member_keys(config)
+    dcsh_codes.check(config)
+    network = config.network
+    cls.check_numbers(network, "network", positive=("hidden", "filters"), nonnegative=("epochs", "agreement"))
+    check_optimizer(network, "network", "network.milestones", network.milestones)
+    if network.loss not in LOSSES:
+        raise unknown("network.loss", network.loss, tuple(LOSSES))
+    for name in selected_arms(config):
+        arm, field = config.arms[name], f"arms.{name}"
+        known = (*GRAPHS, *HYPERPLANES, *LINEAR)
+        if arm.codes not in known:
+            raise unknown(f"{field}.codes", arm.codes, known)
+        cls.check_numbers(arm, field, positive=("lr",), nonnegative=("alpha", "rho", "iters"))
+        if config.codes.redraw and (network.epochs or arm.codes in LINEAR):
+            raise UserError(f"codes.redraw: {field} has queries of other data; set network.epochs=0, and no {LINEAR}.")
+
+
+# --- networks ---
+
+
+def make_network(config: ConfigDict, task: PairTask, side: str) -> Any:
+    """The hashing network of a side: a text's, where there is a mask; a backbone's for images; else of features."""
+    c, bits, shape = config.network, config.bits, task.shapes[side]
+    if config.precision not in cls.PRECISIONS:
+        raise unknown("precision", config.precision, cls.PRECISIONS)
+    dtype = jnp.dtype(config.precision)
+    types = {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+    if f"{side}_mask" in task.shapes:
+        return hashing.TextCNNHash(bits, tuple(c.widths), c.filters, c.dropout, **types)
+    backbone = None
+    if len(shape) == 3:
+        options = {"width": c.width} if c.model == "cnn" else {}
+        backbone = nn.build(c.model, c.hidden, **options, **types)
+    return hashing.ImageHashNet(bits, backbone, c.hidden, **types)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """What the stages of one config share.
+
+    Attributes:
+      config: the whole of it.
+      task: its pairs.
+      networks: of each side.
+    """
+
+    config: Any
+    task: PairTask
+    networks: Mapping[str, Any]
+
+    @classmethod
+    def of(cls_, config: ConfigDict) -> "Setup":
+        """Loads the pairs and builds the networks of a config."""
+        task = load_pairs(config)
+        return cls_(config, task, {side: make_network(config, task, side) for side in SIDES})
+
+    def variables(self, key: jax.Array) -> dict[str, Any]:
+        """Of both networks, {"params": {side: ...}, ...}."""
+        keys = jax.random.split(key, len(SIDES))
+        made = [nn.init(self.networks[side], k, self.task.shapes[side]) for side, k in zip(SIDES, keys, strict=True)]
+        return {
+            kind: {side: one[kind] for side, one in zip(SIDES, made, strict=True) if kind in one}
+            for kind in dict.fromkeys(name for one in made for name in one)
+        }
+
+    def apply_fn(self, batch: Mapping[str, Any], side: str) -> Callable:
+        """The network of a side, for the batch that its input comes from."""
+        mask = batch.get(f"{side}_mask")
+        return self.networks[side].apply if mask is None else functools.partial(self.networks[side].apply, mask=mask)
+
+    def train_logits(self, params: Any, state: Any, batch: Any, key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        """The logits of both sides in training, and the new model state."""
+        logits, after = {}, {kind: dict(of) for kind, of in state.items()}
+        for side, own in zip(SIDES, jax.random.split(key, len(SIDES)), strict=True):
+            model_state = {kind: of[side] for kind, of in state.items() if side in of}
+            out, changed = nn.apply_train(
+                self.apply_fn(batch, side), params[side], model_state, batch[side], {"dropout": own}
+            )
+            logits[side] = out.logits
+            for kind in changed:
+                after[kind][side] = changed[kind]
+        return logits, after
+
+    def scores(self, published: Any, consts: Any, batch: Any) -> dict[str, jax.Array]:
+        """The logits of both sides, of what a stage of networks published."""
+        seen = self.task.view(consts, batch)
+        found = {}
+        for side in SIDES:
+            variables = {kind: of[side] for kind, of in published.items() if side in of}
+            found[side] = self.apply_fn(seen, side)(variables, seen[side], train=False).logits
+        return found
+
+    @functools.cached_property
+    def learned(self) -> dict[str, train.Evaluator]:
+        """The evaluators of networks."""
+        return judge.evaluators(self.config, self.task, self.scores)
+
+    @functools.cached_property
+    def linear(self) -> dict[str, train.Evaluator]:
+        """The evaluators of linear functions."""
+
+        def scores(published: Any, consts: Any, batch: Any) -> dict[str, jax.Array]:
+            seen = self.task.view(consts, batch)
+            return {side: hashing.project(hashing.Projection(**published[side]), flat(seen, side)) for side in SIDES}
+
+        return judge.evaluators(self.config, self.task, scores)
+
+    @functools.cached_property
+    def loss_fn(self) -> Callable:
+        """What all arms minimize: the codes' loss on both sides, and how far these are apart."""
+        loss, weight = LOSSES[self.config.network.loss], self.config.network.agreement
+
+        def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
+            logits, model_state = self.train_logits(params, state.model_state, batch, key)
+            codes = consts["codes"][batch["index"]]
+            found = {side: loss(logits[side], codes) for side in SIDES}
+            right = {f"{side}_bits": ((logits[side] >= 0) == (codes > 0)).mean() for side in SIDES}
+            total = found["first"] + found["second"]
+            if weight:
+                found["agreement"] = hashing.hash_agreement(logits["first"], logits["second"])
+                total = total + weight * found["agreement"]
+            return total, train.Aux({**found, **right}, model_state)
+
+        return loss_fn
+
+    def view(self, key: jax.Array, consts: Any, batch: Any) -> Any:
+        """A batch as networks see it."""
+        return self.task.view(consts, batch)
+
+
+def flat(batch: Mapping[str, Any], side: str) -> jax.Array:
+    """One vector for each example; words are averaged."""
+    x, mask = batch[side], batch.get(f"{side}_mask")
+    if mask is not None:
+        x = (x * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1)
+    return x.reshape(len(x), -1)
+
+
+# --- stages ---
+
+
+def network_stage(setup: Setup, name: str, arm: ConfigDict) -> train.Stage:
+    """The networks of an arm: both sides learn the codes of step 1, each pair's by its row."""
+    config, task = setup.config, setup.task
+    steps, per_epoch = cls.steps_of(config, task, config.network.epochs)
+    optimizer = make_optimizer(config.network, arm.lr, steps, per_epoch)
+
+    def prepare(key: jax.Array, previous: Mapping[str, train.Outcome], sweep: Callable) -> dict[str, Any]:
+        made = previous[name + SUFFIX]
+        consts = task.draw(key)
+        codes = np.zeros((len(task.pool.rows), config.bits), np.int8)
+        codes[np.asarray(made.consts["rows"]["train"])] = np.asarray(made.published["codes"])
+        return {**consts, "codes": codes}
+
+    def init(key: jax.Array, previous: Any, consts: Any) -> train.TrainState:
+        return train.create_state(setup.variables(key), optimizer)
+
+    made = train.Stage(
+        name,
+        steps,
+        needs=(name + SUFFIX,),
+        prepare=prepare,
+        data=lambda consts: task.source(consts, config.batch_size),
+        init=init,
+        step=train.ModelStep(setup.loss_fn, optimizer, setup.view),
+        publish=nets.variables_of,
+        evaluators=setup.learned,
+    )
+    return nets.seeds(setup, made)
+
+
+def linear_stage(setup: Setup, name: str, arm: ConfigDict) -> train.Stage:
+    """Linear functions of each side: those that correlate most ("cca"), or of the largest variance ("pca")."""
+    config, task = setup.config, setup.task
+
+    def prepare(key: jax.Array, previous: Any, sweep: Callable) -> dict[str, Any]:
+        consts = task.draw(key)
+        batch = task.view(consts, task.pool.rows.read(consts["rows"]["train"]))
+        sides = [np.asarray(flat(batch, side), np.float32) for side in SIDES]
+        if arm.codes == "cca":
+            found = hashing.cca_projections(*sides, config.bits)
+        else:
+            found = tuple(hashing.pca_projection(x, config.bits) for x in sides)
+        functions = {side: one._asdict() for side, one in zip(SIDES, found, strict=True)}
+        return {**consts, "functions": jax.tree.map(np.asarray, functions)}
+
+    made = train.Stage(
+        name,
+        0,
+        prepare=prepare,
+        init=lambda key, previous, consts: consts["functions"],
+        evaluators=setup.linear,
+    )
+    return train.ensemble(made, keys=cls.member_keys(config), mode=config.ensemble)
+
+
+def stages(config: ConfigDict) -> list[train.Stage]:
+    """Step 1 and the networks of each arm, or its linear functions."""
+    check(config)
+    setup, found = Setup.of(config), []
+    codes = dcsh_codes.CodeStages(config, setup.task)
+    for name in selected_arms(config):
+        arm = config.arms[name]
+        if arm.codes in LINEAR:
+            found.append(linear_stage(setup, name, arm))
+            continue
+        found.append(codes.stage(name, arm))
+        if config.network.epochs:
+            found.append(network_stage(setup, name, arm))
+    return found
