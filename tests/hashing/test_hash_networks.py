@@ -77,7 +77,7 @@ def test_convolutions_are_those_of_pytorch(text):
     out = apply(variables, words, mask=mask)
     np.testing.assert_allclose(out.features["pool"], pool, atol=1e-5)
     head = variables["params"]["head"]
-    np.testing.assert_allclose(out.logits, pool @ head["kernel"] + head["bias"], atol=1e-5)
+    np.testing.assert_allclose(out.logits, pool @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), atol=1e-5)
 
 
 def test_padding_changes_nothing(text):
@@ -141,9 +141,9 @@ def test_features_have_one_hidden_layer():
     x = np.asarray(jax.random.normal(KEY, (4, 2, 3)))
     out = model.apply(variables, x)
     hidden, head = variables["params"]["hidden"], variables["params"]["head"]
-    pool = np.maximum(x.reshape(4, 6) @ hidden["kernel"] + hidden["bias"], 0)
+    pool = np.maximum(x.reshape(4, 6) @ np.asarray(hidden["kernel"]) + np.asarray(hidden["bias"]), 0)
     np.testing.assert_allclose(out.features["pool"], pool, atol=1e-6)
-    np.testing.assert_allclose(out.logits, pool @ head["kernel"] + head["bias"], atol=1e-6)
+    np.testing.assert_allclose(out.logits, pool @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), atol=1e-6)
 
 
 def test_a_backbone_ends_in_the_hidden_layer():
