@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import pairs, settings
+from experiments import hashing, pairs, settings
 
 VARIANTS = ("default", "smoke", "clusters", "fashion", "mirflickr", "nuswide", "iaprtc12")
 
@@ -51,20 +51,27 @@ def arms(**changes: Any) -> ConfigDict:
     return ConfigDict(made)
 
 
+def network() -> ConfigDict:
+    """The hashing networks and how they are trained; their rate is the arm's."""
+    config = ConfigDict({"hidden": 256})  # units before the code
+    config.model, config.width = "cnn", 16  # of images
+    config.widths, config.filters, config.dropout = (1, 2, 3, 4, 5), 128, 0.5  # of texts
+    config.loss, config.agreement = "bce", 0.0  # or tanh; weight of what ties both sides
+    config.epochs, config.optimizer, config.weight_decay, config.momentum = 50.0, "adam", 0.0, 0.9
+    config.schedule, config.milestones, config.warmup_epochs = "cosine", (0,), 0.0
+    return config
+
+
 def base() -> ConfigDict:
     config = settings.base("dcsh")
     config.seeds, config.eval_batch_size, config.eval_epochs = 5, 200, 0.0
     config.bits = 16
-    config.data = pairs.section()
+    config.data, config.retrieval = pairs.section(), hashing.section()
     config.graph = ConfigDict({"anchors": 150, "nearest": 5, "kmeans_iters": 20})
     config.graph.normalize = "l2"  # of the features that graphs compare: or standardize, none
     config.graph.dense_anchors = 400  # graphs with more are kept as their entries alone
     config.codes = ConfigDict({"inner": 5, "itq_iters": 50, "judged": 1000, "redraw": False})
-    config.network = settings.network("cnn", 0.0, 50.0)  # the rate is the arm's
-    del config.network["lr"], config.network["norm"]
-    config.network.hidden, config.network.optimizer, config.network.weight_decay = 256, "adam", 0.0
-    config.network.widths, config.network.filters, config.network.dropout = (1, 2, 3, 4, 5), 128, 0.5  # of texts
-    config.network.loss, config.network.agreement = "bce", 0.0  # or tanh; weight of what ties both sides
+    config.network = network()
     config.arms = arms()
     return config
 

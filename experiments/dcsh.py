@@ -5,7 +5,7 @@ instance of the method's idea and not the paper's own equations (see `jkd.hashin
 
 An arm is a kind of codes: of both graphs ("joint") or one ("first", "second"), random hyperplanes through features
 ("lsh"; "lsh_first", "lsh_second" of one side), all of which networks then learn; or linear functions of each side, of
-which nothing is learned ("cca", "pca").
+which nothing is learned ("cca", "pca"), or "random" bits.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ from experiments import networks as nets
 from experiments.dcsh_codes import GRAPHS, HYPERPLANES, SUFFIX
 from experiments.optimizers import check_optimizer, make_optimizer
 from experiments.pairs import SIDES, PairTask, load_pairs
+from experiments.studies import Claim, Study
 from jkd import hashing, nn, train
 from jkd.errors import UserError, unknown
 
-LINEAR = ("cca", "pca")
+LINEAR = ("cca", "pca", "random")
 LOSSES: dict[str, Callable] = {"bce": hashing.hash_bce, "tanh": hashing.hash_regression}
 BASELINE = "lsh"
 MEASURE = judge.MEASURE
@@ -45,6 +46,7 @@ def selected_arms(config: ConfigDict) -> list[str]:
 def check(config: ConfigDict) -> None:
     """Raises UserError for what could not be run, before any data is read."""
     cls.member_keys(config)
+    judge.check(config)
     dcsh_codes.check(config)
     network = config.network
     cls.check_numbers(network, "network", positive=("hidden", "filters"), nonnegative=("epochs", "agreement"))
@@ -142,16 +144,6 @@ class Setup:
         return judge.evaluators(self.config, self.task, self.scores)
 
     @functools.cached_property
-    def linear(self) -> dict[str, train.Evaluator]:
-        """The evaluators of linear functions."""
-
-        def scores(published: Any, consts: Any, batch: Any) -> dict[str, jax.Array]:
-            seen = self.task.view(consts, batch)
-            return {side: hashing.project(hashing.Projection(**published[side]), flat(seen, side)) for side in SIDES}
-
-        return judge.evaluators(self.config, self.task, scores)
-
-    @functools.cached_property
     def loss_fn(self) -> Callable:
         """What all arms minimize: the codes' loss on both sides, and how far these are apart."""
         loss, weight = LOSSES[self.config.network.loss], self.config.network.agreement
@@ -173,13 +165,19 @@ class Setup:
         """A batch as networks see it."""
         return self.task.view(consts, batch)
 
+    @functools.cached_property
+    def steps(self) -> tuple[int, float]:
+        """The number of steps of the networks, and in an epoch."""
+        return cls.steps_of(self.config, self.task, self.config.network.epochs)
 
-def flat(batch: Mapping[str, Any], side: str) -> jax.Array:
-    """One vector for each example; words are averaged."""
-    x, mask = batch[side], batch.get(f"{side}_mask")
-    if mask is not None:
-        x = (x * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1)
-    return x.reshape(len(x), -1)
+    def optimizer(self, lr: float) -> Any:
+        """The optimizer of an arm."""
+        return make_optimizer(self.config.network, lr, *self.steps)
+
+    @functools.cached_property
+    def step(self) -> train.ModelStep:
+        """Of all arms: the rate is in an arm's state."""
+        return train.ModelStep(self.loss_fn, self.optimizer(1.0), self.view)
 
 
 # --- stages ---
@@ -188,8 +186,7 @@ def flat(batch: Mapping[str, Any], side: str) -> jax.Array:
 def network_stage(setup: Setup, name: str, arm: ConfigDict) -> train.Stage:
     """The networks of an arm: both sides learn the codes of step 1, each pair's by its row."""
     config, task = setup.config, setup.task
-    steps, per_epoch = cls.steps_of(config, task, config.network.epochs)
-    optimizer = make_optimizer(config.network, arm.lr, steps, per_epoch)
+    optimizer = setup.optimizer(arm.lr)
 
     def prepare(key: jax.Array, previous: Mapping[str, train.Outcome], sweep: Callable) -> dict[str, Any]:
         made = previous[name + SUFFIX]
@@ -203,41 +200,16 @@ def network_stage(setup: Setup, name: str, arm: ConfigDict) -> train.Stage:
 
     made = train.Stage(
         name,
-        steps,
+        setup.steps[0],
         needs=(name + SUFFIX,),
         prepare=prepare,
         data=lambda consts: task.source(consts, config.batch_size),
         init=init,
-        step=train.ModelStep(setup.loss_fn, optimizer, setup.view),
+        step=setup.step,
         publish=nets.variables_of,
         evaluators=setup.learned,
     )
     return nets.seeds(setup, made)
-
-
-def linear_stage(setup: Setup, name: str, arm: ConfigDict) -> train.Stage:
-    """Linear functions of each side: those that correlate most ("cca"), or of the largest variance ("pca")."""
-    config, task = setup.config, setup.task
-
-    def prepare(key: jax.Array, previous: Any, sweep: Callable) -> dict[str, Any]:
-        consts = task.draw(key)
-        batch = task.view(consts, task.pool.rows.read(consts["rows"]["train"]))
-        sides = [np.asarray(flat(batch, side), np.float32) for side in SIDES]
-        if arm.codes == "cca":
-            found = hashing.cca_projections(*sides, config.bits)
-        else:
-            found = tuple(hashing.pca_projection(x, config.bits) for x in sides)
-        functions = {side: one._asdict() for side, one in zip(SIDES, found, strict=True)}
-        return {**consts, "functions": jax.tree.map(np.asarray, functions)}
-
-    made = train.Stage(
-        name,
-        0,
-        prepare=prepare,
-        init=lambda key, previous, consts: consts["functions"],
-        evaluators=setup.linear,
-    )
-    return train.ensemble(made, keys=cls.member_keys(config), mode=config.ensemble)
 
 
 def stages(config: ConfigDict) -> list[train.Stage]:
@@ -248,9 +220,46 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     for name in selected_arms(config):
         arm = config.arms[name]
         if arm.codes in LINEAR:
-            found.append(linear_stage(setup, name, arm))
+            found.append(judge.linear_stage(config, setup.task, name, arm.codes))
             continue
         found.append(codes.stage(name, arm))
         if config.network.epochs:
             found.append(network_stage(setup, name, arm))
     return found
+
+
+# --- claims ---
+
+SINGLE = ["first", "second"]
+CLAIMS = (
+    Claim("codes of both graphs beat those of the first alone", better="joint", worse="first"),
+    Claim("codes of both graphs beat those of the second alone", better="joint", worse="second"),
+    Claim("codes of both graphs beat those of one, on average", better=["joint", "joint"], worse=SINGLE),
+    Claim("codes of one graph, on average, beat random hyperplanes", better=SINGLE, worse=["lsh", "lsh"]),
+    Claim("codes of both graphs beat random hyperplanes through both sides", better="joint", worse="lsh"),
+    Claim("spectral hashing beats sign(CCA)", "better than earlier methods", better="joint", worse="cca"),
+    Claim("sign(CCA) beats signs of each side's own components", better="cca", worse="pca"),
+    Claim("the rounds are not worse than the start (0.5 points)", better="joint", worse="init", margin=0.5),
+    Claim("codes that pull at the embeddings beat those that do not", better="joint", worse="uncoupled"),
+    Claim("weighting by eigenvalues beats the plain objective", better="joint", worse="unweighted"),
+)
+
+
+def _codes(arm: str) -> tuple[str, str]:
+    return arm + SUFFIX, "train/map"
+
+
+SINGLE_CODES = [_codes(arm) for arm in SINGLE]
+CODE_CLAIMS = (
+    Claim("codes of both graphs beat those of one, on average", better=2 * [_codes("joint")], worse=SINGLE_CODES),
+    Claim("codes of the first graph beat random hyperplanes", better=_codes("first"), worse=_codes("lsh_first")),
+    Claim("codes of the second graph beat random hyperplanes", better=_codes("second"), worse=_codes("lsh_second")),
+    Claim("codes of both graphs beat random hyperplanes", better=_codes("joint"), worse=_codes("lsh")),
+    Claim("the rounds improve on the start", better=_codes("joint"), worse=_codes("init")),
+    Claim("weighting by eigenvalues beats the plain objective", better=_codes("joint"), worse=_codes("unweighted")),
+)
+CONFIG = "configs/dcsh.py"
+STUDIES = (
+    Study("digits", CONFIG, (0.001, 0.003, 0.01), 2, CLAIMS),
+    Study("clusters", f"{CONFIG}:clusters", (), 0, CODE_CLAIMS),
+)

@@ -25,9 +25,8 @@ SUFFIX = "_codes"  # of the stages of step 1
 def check(config: ConfigDict) -> None:
     """Raises UserError for numbers that no codes could be made with."""
     graph, codes = config.graph, config.codes
-    cls.check_numbers(config, "", positive=("bits",))
     cls.check_numbers(graph, "graph", positive=("anchors", "nearest"), nonnegative=("kmeans_iters", "dense_anchors"))
-    cls.check_numbers(codes, "codes", positive=("inner", "judged"), nonnegative=("iters", "itq_iters"))
+    cls.check_numbers(codes, "codes", positive=("inner", "judged"), nonnegative=("itq_iters",))
     if graph.normalize not in NORMALIZATIONS:
         raise unknown("graph.normalize", graph.normalize, NORMALIZATIONS)
     if not config.bits < graph.anchors:
@@ -78,7 +77,7 @@ def training_features(
 
 
 @functools.partial(jax.jit, static_argnames=("anchors", "nearest", "iters"))
-def _graph(key: jax.Array, x: jax.Array, anchors: int, nearest: int, iters: int) -> hashing.SparseRows:
+def _graph(key: jax.Array, x: jax.Array, anchors: int, nearest: int, iters: int) -> Any:
     centers = hashing.kmeans(key, x, anchors, iters=iters)
     return hashing.graph_factor(hashing.sparse_anchor_graph(x, centers, nearest))
 

@@ -148,13 +148,13 @@ def update_b(
     Raises:
       UserError: if codes are known to be neither -1 nor 1.
     """
-    start, views = _signs(codes, jnp.asarray(targets)), [jnp.asarray(view) for view in views]
-    scales = _scales(views, eigenvalues, alpha, start)
+    start, spans = _signs(codes, jnp.asarray(targets)), [jnp.asarray(view) for view in views]
+    scales = _scales(spans, eigenvalues, alpha, start)
     pull = jnp.asarray(rho, start.dtype) / len(start) * jnp.asarray(targets)
 
     def step(_: Array | int, signs: Array) -> Array:
         gradient = pull
-        for view, scale in zip(views, scales, strict=True):
+        for view, scale in zip(spans, scales, strict=True):
             gradient = gradient + product(view, scale[:, None] * product(view.T, signs))
         return jnp.where(gradient > 0, 1, jnp.where(gradient < 0, -1, signs)).astype(signs.dtype)
 
@@ -299,7 +299,7 @@ def refine_codes(
     lowers `dcsh_objective`.
     """
     keys = jax.random.split(key, len(factors) + 1)
-    known = grams or [None] * len(factors)
+    known: Sequence = grams or [None] * len(factors)
     found = [
         update_v(k, factor, state.codes, alpha=alpha, gram=gram)
         for k, factor, gram in zip(keys, factors, known, strict=False)

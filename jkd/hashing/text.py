@@ -108,8 +108,7 @@ def _words(words: Any, mask: Any) -> tuple[Array, Array]:
         )
     known = concrete(mask)
     if known is not None and not known.any(1).all():
-        empty = (~known.any(1)).nonzero()[0]
-        raise UserError(f"mask leaves no valid word in text {int(empty[0])}: an empty text has no code.")
+        raise UserError(f"mask leaves no valid word in text {int(known.any(1).argmin())}: an empty text has no code.")
     return jnp.asarray(words), jnp.asarray(mask)
 
 
