@@ -1,7 +1,10 @@
 """The benchmarks run; what they measure is not judged here."""
 
+import functools
 import importlib.util
 import pathlib
+
+import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -74,7 +77,21 @@ def test_steps_of_a_gan_are_timed_and_agree_with_the_peer(capsys):
     assert "mean of 16" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["hamming_search", "mean_average_precision"])
+def test_hashing_agrees_with_the_peers_and_is_timed(name, capsys, monkeypatch):
+    bench = load(name)
+    limits = functools.partial(bench.measured_limits, queries=8, megabytes=1, product=64)
+    monkeypatch.setattr(bench, "measured_limits", limits)
+    sizes = {"hamming_search": ["--k", "10", "--items", "400", "600"], "mean_average_precision": ["--items", "300"]}
+    bench.main(["--queries", "20", "--repeats", "2", *sizes[name]])
+    told = capsys.readouterr().out
+    assert told.count("\njkd") == 1 + (name == "hamming_search")
+    assert "floors, ms: counting" in told
+    assert "goal" in told
+
+
 def test_all_are_known_here():
-    known = {"_brevitas_peer.py", "_torch_gan.py", "_torch_peer.py"}
+    known = {"_brevitas_peer.py", "_hashing.py", "_torch_gan.py", "_torch_peer.py"}
     known |= {"distill_step.py", "gan_step.py", "loop_overhead.py", "precision.py", "quantize_step.py"}
+    known |= {"hamming_search.py", "mean_average_precision.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == known, "a new benchmark needs a test"

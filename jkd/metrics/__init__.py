@@ -34,10 +34,21 @@ from jkd.metrics.diversity import (
     nearest_reference,
 )
 from jkd.metrics.frechet import MomentSums, frechet_distance, moment_sums, moments
-from jkd.metrics.hamming import hamming_distance
+from jkd.metrics.hamming import hamming_distance, pack_bits, packed_hamming_distance, unpack_bits
 from jkd.metrics.kid import SubsetKid, kid, kid_over_subsets
 from jkd.metrics.manifold import DensityCoverage, PrecisionRecall, density_coverage, manifold_precision_recall
 from jkd.metrics.perceptual import pairwise_perceptual_distances, perceptual_distance
+from jkd.metrics.retrieval import (
+    MeanAveragePrecision,
+    Precision,
+    PrecisionRecallCurve,
+    hamming_mean_average_precision,
+    mean_average_precision,
+    precision_at_k,
+    precision_at_radius,
+    precision_recall,
+    share_label,
+)
 from jkd.metrics.statistics import (
     Interval,
     PairedDifference,
@@ -54,10 +65,13 @@ __all__ = [
     "DensityCoverage",
     "Interval",
     "IntraClusterDistance",
+    "MeanAveragePrecision",
     "MomentSums",
     "PairedDifference",
     "PerClassCounts",
+    "Precision",
     "PrecisionRecall",
+    "PrecisionRecallCurve",
     "SubsetKid",
     "agreement_counts",
     "attention_counts",
@@ -75,6 +89,7 @@ __all__ = [
     "expected_calibration_error",
     "frechet_distance",
     "hamming_distance",
+    "hamming_mean_average_precision",
     "holm",
     "intra_cluster_distance",
     "intra_cluster_distance_of_matrices",
@@ -84,20 +99,28 @@ __all__ = [
     "manifold_precision_recall",
     "match_log_pvalue",
     "matching_bits",
+    "mean_average_precision",
     "mean_interval",
     "moment_sums",
     "moments",
     "mutual_information",
     "nearest_reference",
     "normalized_mutual_information",
+    "pack_bits",
+    "packed_hamming_distance",
     "paired_difference",
     "pairwise_perceptual_distances",
     "per_class_counts",
     "perceptual_distance",
+    "precision_at_k",
+    "precision_at_radius",
+    "precision_recall",
     "predicted_class",
     "prediction_agreement",
     "predictive_entropy",
     "predictive_kl",
+    "share_label",
     "spearman",
     "topk_correct",
+    "unpack_bits",
 ]

@@ -1,5 +1,8 @@
 """Euclidean distances of every row of one array to every row of another, and the bound on how many are held at once."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,6 +44,19 @@ def rows_at_once(max_pairs: int, rows: int, columns: int) -> int:
     if max_pairs < 1:
         raise UserError(f"max_pairs must be positive, got {max_pairs}.")
     return min(rows, max(1, max_pairs // columns))
+
+
+def in_tiles(fn: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
+    """`fn` of `at_once` rows of a tree of arrays after the other, and of the rest; its results are joined."""
+    leaves = jax.tree.leaves(rows)
+    whole = len(leaves[0]) // at_once * at_once
+    parts = []
+    if whole:
+        tiles = jax.tree.map(lambda x: x[:whole].reshape(-1, at_once, *x.shape[1:]), rows)
+        parts.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(fn, tiles)))
+    if whole < len(leaves[0]):
+        parts.append(fn(jax.tree.map(lambda x: x[whole:], rows)))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def squared_distances(row: Float[Array, " dim"], columns: Float[Array, "columns dim"]) -> Float[Array, " columns"]:

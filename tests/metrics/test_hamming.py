@@ -8,9 +8,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import cdist
 
 from jkd.errors import UserError
-from jkd.metrics import hamming_distance
+from jkd.metrics import hamming, hamming_distance, pack_bits, packed_hamming_distance, unpack_bits
 
-distance = jax.jit(hamming_distance)
+distance, pack, packed = (jax.jit(f) for f in (hamming_distance, pack_bits, packed_hamming_distance))
+unpack = jax.jit(unpack_bits, static_argnums=1)
 
 
 def test_by_hand():
@@ -55,3 +56,46 @@ def test_errors():
         hamming_distance(signs[:, :0], signs[:, :0])
     with pytest.raises(UserError, match=r"got \[3\] and \[2, 3\]"):
         hamming_distance(signs[0], signs)
+
+
+def test_packing_by_hand():
+    bits = np.zeros((2, 34), bool)
+    bits[0, [0, 1, 31, 33]] = bits[1, 32] = True
+    words = pack(bits)
+    assert words.dtype == jnp.uint32
+    np.testing.assert_array_equal(words, [[2**31 + 3, 2], [0, 1]])
+    np.testing.assert_array_equal(packed(words, words), [[0, 5], [5, 0]])
+
+
+@given(codes=arrays(bool, (6, 70)), bits=st.sampled_from([1, 33, 64]))
+def test_packing_comes_back_and_keeps_distances(codes, bits):
+    codes = codes[:, :bits]
+    words = pack(codes)
+    np.testing.assert_array_equal(unpack(words, bits), codes)
+    np.testing.assert_array_equal(pack(np.where(codes, 1.0, -1.0)), words)
+    np.testing.assert_array_equal(packed(words, words[:4]), (codes[:, None] != codes[None, :4]).sum(-1))
+
+
+def test_both_forms_agree_on_long_codes():
+    codes = np.random.default_rng(0).integers(0, 2, (5, 4200)).astype(bool)
+    expected = (codes[:, None] != codes[None]).sum(-1)
+    signs = jnp.where(codes, 1, -1).astype(jnp.int8)
+    for form in (hamming._by_count, hamming._by_product):
+        np.testing.assert_array_equal(jax.jit(form)(signs, signs), expected)
+    # More words than are written out.
+    np.testing.assert_array_equal(packed(pack(codes), pack(codes)), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_of_packed_codes():
+    words = np.zeros((3, 2), np.uint32)
+    with pytest.raises(UserError, match="equally many bits: a row has 2 in a and 1 in b words"):
+        packed_hamming_distance(words, words[:, :1])
+    with pytest.raises(UserError, match=r"b must be uint32 \[rows, words\], made by pack_bits, got int32 \[3, 2\]"):
+        packed_hamming_distance(words, words.astype(np.int32))
+    with pytest.raises(UserError, match="bits must need 2 words of 32 bits, got 32"):
+        unpack_bits(words, 32)
+    with pytest.raises(UserError, match="at least one bit, got"):
+        pack_bits(np.zeros((3, 0), bool))
+    with pytest.raises(UserError, match="codes must be boolean, or -1 and 1"):
+        pack_bits(np.zeros((3, 2)))
