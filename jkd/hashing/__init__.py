@@ -1,4 +1,4 @@
-"""Binary codes: how scores become bits, linear hash functions, and exact search."""
+"""Binary codes: how scores become bits, linear hash functions, codes of anchor graphs, networks, and exact search."""
 
 from jkd.hashing.anchors import SparseRows, anchor_graph, graph_factor, kmeans, sparse_anchor_graph
 from jkd.hashing.baselines import (
@@ -26,6 +26,7 @@ from jkd.hashing.dcsh import (
     update_v,
     update_y,
 )
+from jkd.hashing.search import Neighbors, hamming_search, sharded_hamming_search
 from jkd.hashing.spectral import Embedding, centered_gram, spectral_embedding
 from jkd.hashing.text import ImageHashNet, TextCNNHash
 
@@ -34,6 +35,7 @@ __all__ = [
     "DCSHState",
     "Embedding",
     "ImageHashNet",
+    "Neighbors",
     "Projection",
     "SparseRows",
     "TextCNNHash",
@@ -44,6 +46,7 @@ __all__ = [
     "fit_binary_codes",
     "fix_signs",
     "graph_factor",
+    "hamming_search",
     "hash_agreement",
     "hash_bce",
     "hash_regression",
@@ -57,6 +60,7 @@ __all__ = [
     "pca_projection",
     "project",
     "refine_codes",
+    "sharded_hamming_search",
     "sparse_anchor_graph",
     "spectral_embedding",
     "to_bits",
