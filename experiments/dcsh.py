@@ -228,6 +228,15 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     return found
 
 
+def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
+    """Nothing here classifies images.
+
+    Raises:
+      UserError: always.
+    """
+    raise UserError(f"Stage {stage!r} makes codes of pairs and has no classes: nothing predicts them.")
+
+
 # --- claims ---
 
 SINGLE = ["first", "second"]
