@@ -35,14 +35,6 @@ BASELINE = "lsh"
 MEASURE = judge.MEASURE
 
 
-def selected_arms(config: ConfigDict) -> list[str]:
-    """The arms to run: those in `only`, or all."""
-    for name in config.only:
-        if name not in config.arms:
-            raise unknown("arm in config.only", name, tuple(config.arms))
-    return list(config.only or config.arms)
-
-
 def check(config: ConfigDict) -> None:
     """Raises UserError for what could not be run, before any data is read."""
     cls.member_keys(config)
@@ -53,7 +45,7 @@ def check(config: ConfigDict) -> None:
     check_optimizer(network, "network", "network.milestones", network.milestones)
     if network.loss not in LOSSES:
         raise unknown("network.loss", network.loss, tuple(LOSSES))
-    for name in selected_arms(config):
+    for name in nets.selected_arms(config):
         arm, field = config.arms[name], f"arms.{name}"
         known = (*GRAPHS, *HYPERPLANES, *LINEAR)
         if arm.codes not in known:
@@ -168,7 +160,8 @@ class Setup:
     @functools.cached_property
     def steps(self) -> tuple[int, float]:
         """The number of steps of the networks, and in an epoch."""
-        return cls.steps_of(self.config, self.task, self.config.network.epochs)
+        per_epoch = self.task.sizes["train"] / self.config.batch_size
+        return max(1, round(self.config.network.epochs * per_epoch)), per_epoch
 
     def optimizer(self, lr: float) -> Any:
         """The optimizer of an arm."""
@@ -217,7 +210,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     check(config)
     setup, found = Setup.of(config), []
     codes = dcsh_codes.CodeStages(config, setup.task)
-    for name in selected_arms(config):
+    for name in nets.selected_arms(config):
         arm = config.arms[name]
         if arm.codes in LINEAR:
             found.append(judge.linear_stage(config, setup.task, name, arm.codes))

