@@ -102,7 +102,7 @@ class PairTask:
     def view(self, consts: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch whose sides are centered and scaled by the statistics; padding stays zero."""
         numbers = consts["statistics"]
-        seen = {side: (batch[side] - numbers[side]["mean"]) / numbers[side]["scale"] for side in SIDES}
+        seen = {side: (batch[side] - numbers[side]["mean"][None]) / numbers[side]["scale"] for side in SIDES}
         return {**batch, **seen}
 
     def source(self, consts: Any, batch_size: int) -> data.Source:
