@@ -111,7 +111,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     elif variant == "mirflickr":
         features(config, variant, 24, 4096, 1386, 20015, 5000)
     elif variant == "nuswide":
-        features(config, variant, 10, 4096, 1000, 186577, 10500)
+        features(config, variant, 10, 4096, 1000, 186577, 10496)  # rows that 256 devices share evenly
     elif variant == "iaprtc12":
         features(config, variant, 255, 4096, 2912, 20000, 5000)
         config.data.name, config.data.tfds, config.data.columns = "tfds", "iaprtc12", ("image", "text", "label")

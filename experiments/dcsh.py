@@ -209,6 +209,7 @@ def stages(config: ConfigDict) -> list[train.Stage]:
     """Step 1 and the networks of each arm, or its linear functions."""
     check(config)
     setup, found = Setup.of(config), []
+    dcsh_codes.check(config, setup.task.sizes["train"])
     codes = dcsh_codes.CodeStages(config, setup.task)
     for name in nets.selected_arms(config):
         arm = config.arms[name]

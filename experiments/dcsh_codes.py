@@ -22,8 +22,8 @@ NORMALIZATIONS = ("l2", "standardize", "none")
 SUFFIX = "_codes"  # of the stages of step 1
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for numbers that no codes could be made with."""
+def check(config: ConfigDict, rows: int | None = None) -> None:
+    """Raises UserError for numbers that no codes could be made with, of so many training pairs where that is known."""
     graph, codes = config.graph, config.codes
     cls.check_numbers(graph, "graph", positive=("anchors", "nearest"), nonnegative=("kmeans_iters", "dense_anchors"))
     cls.check_numbers(codes, "codes", positive=("inner", "judged"), nonnegative=("itq_iters",))
@@ -33,6 +33,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"graph.anchors={graph.anchors} must be more than bits={config.bits}.")
     if graph.nearest > graph.anchors:
         raise UserError(f"graph.nearest={graph.nearest} must be at most graph.anchors={graph.anchors}.")
+    if rows is not None and rows < graph.anchors:
+        raise UserError(f"graph.anchors={graph.anchors} is more than the {rows} training pairs.")
     if codes.redraw and config.data.name != "clusters":
         raise UserError(f"codes.redraw makes data anew for each seed, which data.name={config.data.name!r} cannot.")
 
@@ -68,6 +70,8 @@ def training_features(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The features of each side of the training pairs, and their labels, which nothing here but evaluation reads."""
     rows, pool = np.asarray(consts["rows"]["train"]), task.pool
+    if config.data.blank:  # a plan: no text has words, and only the number of rows matters
+        return {side: np.zeros((len(rows), 1), np.float32) for side in SIDES}, np.zeros(len(rows), np.int32)
     if config.codes.redraw:
         c, seed = config.data, int(jax.random.randint(key, (), 0, cls.SPLIT_SEEDS))
         pool = data.make_two_view_clusters(len(pool), c.clusters, noise=c.noise, seed=seed)
@@ -86,12 +90,10 @@ def factor_of(key: jax.Array, x: np.ndarray, config: ConfigDict) -> dict[str, np
     """The factor of one side's anchor graph, as consts hold it: whole up to `graph.dense_anchors`, else its entries.
 
     Raises:
-      UserError: where there are too few rows, or too few anchors near any of them, for the bits.
+      UserError: where too few anchors are near any row for the bits.
     """
     graph, bits = config.graph, config.bits
-    if len(x) < graph.anchors:
-        raise UserError(f"graph.anchors={graph.anchors} is more than the {len(x)} training pairs.")
-    if config.data.blank:  # where only shapes matter
+    if config.data.blank:
         indices = np.zeros((len(x), graph.nearest), np.int32)
         found = hashing.SparseRows(indices, np.zeros(indices.shape, np.float32), graph.anchors)
     else:

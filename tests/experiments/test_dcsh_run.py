@@ -20,9 +20,17 @@ VARIANTS = cli._load_module(cli.ROOT / CONFIG).VARIANTS
 ARMS = ("joint", "lsh", "cca")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """A mesh of one device, where programs compile faster; tests/hashing looks at more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "make_mesh", lambda config: train.make_mesh(devices=jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The shipped smoke run, one arm of each kind, on 8 devices."""
+def smoke(one_device, tmp_path_factory):
+    """The shipped smoke run, one arm of each kind."""
     workdir = tmp_path_factory.mktemp("dcsh") / "run"
     argv = ["--config", f"{CONFIG}:smoke", "--workdir", str(workdir), f"--config.only={','.join(ARMS)}", *QUIET]
     command.main(argv)
@@ -82,7 +90,9 @@ def test_rounds_without_weights_raise_the_objective(tmp_path):
     """The stage makes what `fit_binary_codes` makes: its objective never falls."""
     config = smoke_config(**{"arms.unweighted.iters": 4, "log_every": 1})
     stages = dcsh_codes.CodeStages(config, dcsh.load_pairs(config))
-    found = train.run([stages.stage("unweighted", config.arms.unweighted)], workdir=tmp_path / "run", log_every=1)
+    mesh = train.make_mesh(devices=jax.devices()[:1])
+    stage = stages.stage("unweighted", config.arms.unweighted)
+    found = train.run([stage], workdir=tmp_path / "run", log_every=1, mesh=mesh)
     assert found["unweighted_codes"]["steps"] == 4
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     objective = np.array([line["train"]["objective"] for line in lines if "train" in line])
