@@ -95,7 +95,7 @@ class PairTask:
             x = np.asarray(batch[side], np.float64)
             mean = np.zeros(x.shape[1:]) if f"{side}_mask" in batch else x.mean(0)
             seen = (x - mean)[batch[f"{side}_mask"]] if f"{side}_mask" in batch else x - mean
-            scale = np.sqrt((seen**2).mean())
+            scale = np.sqrt((seen**2).mean()) if seen.size else 0  # stand-ins of texts have no words
             found[side] = {"mean": mean.astype(np.float32), "scale": np.float32(scale if scale > 0 else 1)}
         return found
 
