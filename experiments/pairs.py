@@ -89,7 +89,7 @@ class PairTask:
 
         Vectors of tokens keep a mean of zero: how many there are varies.
         """
-        batch = self.pool.rows.read(rows[:STATISTICS_ROWS])
+        batch = self.pool.rows.read(rows[: 1 if self.config.blank else STATISTICS_ROWS])
         found = {}
         for side in SIDES:
             x = np.asarray(batch[side], np.float64)
