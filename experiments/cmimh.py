@@ -21,6 +21,7 @@ from experiments import hashing as judge
 from experiments.networks import selected_arms
 from experiments.optimizers import check_optimizer, make_optimizer
 from experiments.pairs import SIDES, PairTask, load_pairs
+from experiments.searchers import PairSearcher
 from experiments.studies import Claim, Study
 from jkd import hashing, nn, train
 from jkd.errors import UserError, unknown
@@ -302,3 +303,16 @@ STUDIES = (
 def predictor(config: ConfigDict, stage: str) -> Callable:
     """Refuses: codes are no classes."""
     raise UserError(f"Stage {stage!r} makes codes and classifies nothing.")
+
+
+def searcher(config: ConfigDict, stage: str) -> PairSearcher:
+    """The encoders of an arm, for `experiments.search`.
+
+    Raises:
+      UserError: if there is no such arm.
+    """
+    if stage not in config.arms:
+        raise unknown("arm", stage, config.arms)
+    setup, kind = Setup.of(config), config.arms[stage].kind
+    scores = setup.encode if kind == "mi" else judge.linear_scores(setup.task, kind, config.bits)
+    return PairSearcher(setup.task, scores, config.eval_batch_size)

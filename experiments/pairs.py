@@ -89,20 +89,20 @@ class PairTask:
 
         Vectors of tokens keep a mean of zero: how many there are varies.
         """
-        batch = self.pool.rows.read(rows[:STATISTICS_ROWS])
+        batch = self.pool.rows.read(rows[: 1 if self.config.blank else STATISTICS_ROWS])
         found = {}
         for side in SIDES:
             x = np.asarray(batch[side], np.float64)
             mean = np.zeros(x.shape[1:]) if f"{side}_mask" in batch else x.mean(0)
             seen = (x - mean)[batch[f"{side}_mask"]] if f"{side}_mask" in batch else x - mean
-            scale = np.sqrt((seen**2).mean())
+            scale = np.sqrt((seen**2).mean()) if seen.size else 0  # stand-ins of texts have no words
             found[side] = {"mean": mean.astype(np.float32), "scale": np.float32(scale if scale > 0 else 1)}
         return found
 
     def view(self, consts: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch whose sides are centered and scaled by the statistics; padding stays zero."""
         numbers = consts["statistics"]
-        seen = {side: (batch[side] - numbers[side]["mean"]) / numbers[side]["scale"] for side in SIDES}
+        seen = {side: (batch[side] - numbers[side]["mean"][None]) / numbers[side]["scale"] for side in SIDES}
         return {**batch, **seen}
 
     def source(self, consts: Any, batch_size: int) -> data.Source:

@@ -166,10 +166,10 @@ class PatchwiseSelfAttention(nn.Module):
 
         x_i + sum_(j in R(i)) w_ij * v_j,    w_i = softmax_R(i)( MLP([q_i; k_j for all j in R(i)]) )
 
-    The weights depend on where in the patch a position lies, not on its content alone; each group of `share_planes`
-    channels shares one. The MLP is 1x1, ReLU, 1x1; its first layer on the keys is a convolution with the patch as its
-    kernel, so that only the values are unfolded: kernel_size^2 channels numbers a position. Positions outside the map
-    are zero for the MLP and have no weight in the softmax.
+    The weights depend on where in the patch a position lies, not on its content alone. With G = channels / share_planes
+    groups, channel c has the weights of group c mod G. The MLP is 1x1, ReLU, 1x1; its first layer on the keys is a
+    convolution with the patch as its kernel, so that only the values are unfolded: kernel_size^2 channels numbers a
+    position. Positions outside the map are zero for the MLP and have no weight in the softmax.
 
     Attributes:
       kernel_size: of the patch, odd.
@@ -202,9 +202,10 @@ class PatchwiseSelfAttention(nn.Module):
                 f"{self.kernel_size} and {self.share_planes}."
             )
         values = _neighborhoods(_project(self, channels, "value")(x), self.kernel_size)
-        grouped = values.reshape(*values.shape[:-1], -1, self.share_planes)
+        # Groups, of which there are many, come last: accelerators fill the last axis up to 128.
+        grouped = values.reshape(*values.shape[:-1], self.share_planes, -1)
         weights = self._weights(x, channels // self.share_planes).astype(grouped.dtype)
-        out = jnp.einsum("bhwpg,bhwpgs->bhwgs", weights, grouped).reshape(*where, channels)
+        out = jnp.einsum("bhwpg,bhwpsg->bhwsg", weights, grouped).reshape(*where, channels)
         return x.astype(self.dtype) + out.astype(self.dtype)
 
     def _weights(self, x: Maps, groups: int) -> Float[Array, "batch height width patch groups"]:

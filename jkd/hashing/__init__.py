@@ -1,5 +1,6 @@
-"""Binary codes: how scores become bits, linear hash functions, and exact search."""
+"""Binary codes: how scores become bits, linear hash functions, codes of anchor graphs, networks, and exact search."""
 
+from jkd.hashing.anchors import SparseRows, anchor_graph, graph_factor, kmeans, sparse_anchor_graph
 from jkd.hashing.baselines import (
     Projection,
     cca_projections,
@@ -20,15 +21,22 @@ from jkd.hashing.bernoulli import (
     sample_bits_relaxed,
     sample_bits_st,
 )
-from jkd.hashing.codes import (
-    to_bits,
-    to_signs,
+from jkd.hashing.code_losses import hash_agreement, hash_bce, hash_regression
+from jkd.hashing.codes import to_bits, to_signs
+from jkd.hashing.dcsh import (
+    BinaryCodes,
+    DCSHState,
+    dcsh_objective,
+    fit_binary_codes,
+    initial_codes,
+    max_bit_correlation,
+    objective_of,
+    refine_codes,
+    update_b,
+    update_v,
+    update_y,
 )
-from jkd.hashing.models import (
-    CodeCritic,
-    HashEncoder,
-    pool_tokens,
-)
+from jkd.hashing.models import CodeCritic, HashEncoder, pool_tokens
 from jkd.hashing.mutual_information import (
     CmimhTerms,
     bernoulli_loglik_matrix,
@@ -37,41 +45,63 @@ from jkd.hashing.mutual_information import (
     cross_mi_lower_bound,
     mi_lower_bound,
 )
-from jkd.hashing.search import (
-    Neighbors,
-    hamming_search,
-    sharded_hamming_search,
-)
+from jkd.hashing.search import Neighbors, hamming_search, sharded_hamming_search
+from jkd.hashing.spectral import Embedding, centered_gram, spectral_embedding
+from jkd.hashing.text import ImageHashNet, TextCNNHash
 
 __all__ = [
+    "BinaryCodes",
     "CmimhTerms",
     "CodeCritic",
+    "DCSHState",
+    "Embedding",
     "HashEncoder",
+    "ImageHashNet",
     "Neighbors",
     "Projection",
+    "SparseRows",
+    "TextCNNHash",
+    "anchor_graph",
     "bernoulli_kl",
     "bernoulli_loglik_matrix",
     "bit_information",
     "bit_probabilities",
     "cca_projections",
+    "centered_gram",
     "cmimh_loss",
     "cmimh_terms",
     "concrete_temperature",
     "cross_mi_lower_bound",
+    "dcsh_objective",
+    "fit_binary_codes",
     "fix_signs",
+    "graph_factor",
     "hamming_search",
+    "hash_agreement",
+    "hash_bce",
+    "hash_regression",
+    "initial_codes",
     "itq_projection",
     "itq_rotation",
+    "kmeans",
     "lsh_projection",
+    "max_bit_correlation",
     "mi_lower_bound",
     "modality_gap",
+    "objective_of",
     "pca_projection",
     "pool_tokens",
     "project",
+    "refine_codes",
     "sample_bits",
     "sample_bits_relaxed",
     "sample_bits_st",
     "sharded_hamming_search",
+    "sparse_anchor_graph",
+    "spectral_embedding",
     "to_bits",
     "to_signs",
+    "update_b",
+    "update_v",
+    "update_y",
 ]

@@ -139,8 +139,11 @@ def _search(queries: Array, database: Array, k: int, valid: Array, max_minima: i
     sizes = _layout(len(database))
     padded = _padded(database, sizes.items)
     words = padded.shape[1]
+    # Transposed as matrices, before it is cut: XLA for TPU would hold every piece padded to 128 times its size.
+    columns = padded.T.reshape(words, sizes.groups, -1).swapaxes(1, 2)
+    columns = jax.lax.optimization_barrier(columns).reshape(words, sizes.group, BLOCK, sizes.chunks, sizes.lanes)
     # [words, item of a block, chunks, block of a group, lanes]: neighboring numbers in memory are compared at once.
-    planes = padded.reshape(sizes.chunks, sizes.lanes, sizes.group, BLOCK, words).transpose(4, 3, 0, 2, 1)
+    planes = columns.transpose(0, 2, 3, 1, 4)
     blocks = padded.reshape(-1, BLOCK, words)
     tile = functools.partial(_search_tile, planes=planes, blocks=blocks, sizes=sizes, k=k, valid=valid)
     at_once = rows_at_once(max_minima, len(queries), sizes.groups * sizes.group)

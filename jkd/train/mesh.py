@@ -94,7 +94,19 @@ def shard(dimension: int, axis: str = "tensor") -> Rule:
     return rule
 
 
-DEFAULT_RULES: Rules = ((".*", fsdp()),)
+def shard_rows(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The rule that splits the rows of matrices over the devices that share a batch, where they divide the rows.
+
+    Rows are the last but one dimension, behind the members of an ensemble.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if len(shape) < 2 or shape[-2] % ways:
+        return P()
+    return P(*(None,) * (len(shape) - 2), BATCH_AXES)
+
+
+# Below "by_row" a whole-set step keeps what has a row for each example.
+DEFAULT_RULES: Rules = (("(^|/)by_row/", shard_rows), (".*", fsdp()))
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

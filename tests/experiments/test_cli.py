@@ -215,7 +215,7 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"python -m experiments.{command} " in out
-    alone = ("plan", "reproduce", "export", "sweep", "projection", "sample", "fingerprints")  # one process
+    alone = ("plan", "reproduce", "export", "sweep", "projection", "sample", "search", "fingerprints")  # one process
     assert ("--coordinator HOST:PORT" in out) == (command not in alone)
     assert "--config.NAME=VALUE" in out
 

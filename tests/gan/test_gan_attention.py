@@ -118,7 +118,7 @@ def test_patchwise_in_numpy(patchwise):
         scores = np.maximum(units, 0) @ params["mlp_out"]["kernel"] + params["mlp_out"]["bias"]
         weights = softmax(scores.reshape(9, 2)[[p for p, *_ in inside]], axis=0)
         for weight, (_, y, x) in zip(weights, inside, strict=True):
-            expected[b, i, j] += np.repeat(weight, 4) * value[b, y, x]
+            expected[b, i, j] += np.tile(weight, 4) * value[b, y, x]
     np.testing.assert_allclose(apply(variables, X), expected, rtol=1e-4, atol=1e-5)
 
 
