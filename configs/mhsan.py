@@ -14,7 +14,7 @@ Variants:
 `coco` and `flickr30k` read features and captions that you bring, because nothing is downloaded: data.file is an .npz,
 or a folder of .npy files whose images stay on disk; `jkd.data.read_captioned` says with which arrays. They also take
 pixels: set network.backbone, and network.pretrained where its first layers are to stay as they are. Widths and lengths
-of the paper's runs are those of its authors' code; the factors of the learning rate are not (a misprint there).
+of the paper's runs are those of its authors' code; its factors of the learning rate, a misprint, are not.
 """
 
 from typing import Any

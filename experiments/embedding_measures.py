@@ -14,7 +14,7 @@ from jkd.data.vocabulary import PADDING, Vocabulary
 
 KS = (1, 5, 10)
 TOTAL = "total"
-CELL, GAP = 12, 2  # pixels of a position of an attention map, and between maps
+CELL, LEAST, GAP = 12, 64, 2  # pixels of a position of an attention map, of a map at least, and between maps
 
 
 def embed(model: Any, inputs: Inputs, published: Any, consts: Any, batch: Any) -> tuple[Any, Any]:
@@ -123,8 +123,9 @@ def _row(image: np.ndarray, heads: np.ndarray) -> np.ndarray:
     grey = image.astype(np.float32)
     grey = grey.mean(-1) if image.dtype == np.uint8 else np.linalg.norm(grey, axis=-1)
     grey = grey[None] if grey.ndim == 1 else grey
-    height = max(CELL * heads.shape[1], grey.shape[0])
-    width = max(CELL * heads.shape[2], grey.shape[1])
+    scale = -(-LEAST // max(heads.shape[1:]))
+    height = max(max(CELL, scale) * heads.shape[1], grey.shape[0])
+    width = max(max(CELL, scale) * heads.shape[2], grey.shape[1])
     parts = [_enlarged(_bytes(one), height, width) for one in (grey, *heads)]
     gap = np.full((height, GAP), 255, np.uint8)
     return np.concatenate([piece for part in parts for piece in (part, gap)], 1)

@@ -54,8 +54,8 @@ def test_attention_is_drawn(finished):
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"gallery-{side}-attention-seed{k}-00000004.png" for side in ("image", "text") for k in (0, 1)]
     shown = np.asarray(Image.open(folder / names[0]))
-    # Four images, each with the maps of four heads: 4 x 4 positions of 12 pixels.
-    assert shown.shape == (4 * (48 + 2), 5 * (48 + 2))
+    # Four images, each with the maps of four heads: 4 x 4 positions of 16 pixels.
+    assert shown.shape == (4 * (64 + 2), 5 * (64 + 2))
     assert len(np.unique(shown)) > 10
 
 
