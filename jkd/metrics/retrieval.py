@@ -4,6 +4,7 @@ Items are ranked by distance, and of equal distances the lower index comes first
 precision: they are left out of means, and the others are counted.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 from jkd.checks import Tensor, concrete
 from jkd.errors import UserError
 from jkd.metrics.distances import in_tiles, rows_at_once
-from jkd.metrics.hamming import WORD, check_words, packed_hamming_distance
-from jkd.metrics.ranking import BLOCK, MOST_BINS, RankSums, by_counting, by_sorting
+from jkd.metrics.hamming import WORD, check_words, pack_bits, packed_hamming_distance
+from jkd.metrics.ranking import BLOCK, CHUNK, MOST_BINS, RankSums, by_counting, by_sorting
 
 MAX_PAIRS = 2**22
 
@@ -78,9 +79,9 @@ def share_label(
       UserError: if the two are of different kinds or have different numbers of classes.
     """
     kinds = [(jnp.ndim(x), x.dtype == jnp.bool_) for x in (a, b)]
-    if kinds == [(2, True), (2, True)] and jnp.shape(a)[1] == jnp.shape(b)[1]:
-        first, second = (jnp.asarray(x).astype(jnp.int8) for x in (a, b))
-        return jnp.matmul(first, second.T, preferred_element_type=jnp.int32) > 0
+    if kinds == [(2, True), (2, True)] and jnp.shape(a)[1] == jnp.shape(b)[1] > 0:
+        words = zip(pack_bits(a).T, pack_bits(b).T, strict=True)
+        return functools.reduce(jnp.logical_or, (one[:, None] & other[None] != 0 for one, other in words))
     if kinds == [(1, False), (1, False)] and all(jnp.issubdtype(x.dtype, jnp.integer) for x in (a, b)):
         return jnp.asarray(a)[:, None] == jnp.asarray(b)[None]
     found = " and ".join(f"{x.dtype} {list(jnp.shape(x))}" for x in (a, b))
@@ -146,7 +147,8 @@ def hamming_mean_average_precision(
       database_labels: as `query_labels`.
       k: the cut-off; static; all items by default.
       normalize: "found" or "min"; static.
-      max_pairs: distances held at once (but those of one query at least); static. The result is the same.
+      max_pairs: distances held at once (but those of one query and some items at least); static. The result is the
+        same.
 
     Raises:
       UserError: as `mean_average_precision` and `share_label`; if the codes are of different lengths, or there are
@@ -159,15 +161,9 @@ def hamming_mean_average_precision(
     share_label(query_labels[:1], database_labels[:1])
     k = _cut_off(k, len(database))
     _check_normalize(normalize)
-    bins = WORD * jnp.shape(queries)[1] + 2
-    codes, labels = jnp.asarray(database), jnp.asarray(database_labels)
-
-    def tile(some: tuple[Array, Array]) -> RankSums:
-        distances, relevance = packed_hamming_distance(some[0], codes), share_label(some[1], labels)
-        return by_counting(distances, relevance, k, bins) if bins <= MOST_BINS else by_sorting(distances, relevance, k)
-
-    at_once = rows_at_once(max_pairs, len(queries), len(codes) * max(1, bins // BLOCK))
-    sums = in_tiles(tile, (jnp.asarray(queries), jnp.asarray(query_labels)), at_once)
+    sums = _sums_of_codes(
+        *(jnp.asarray(x) for x in (queries, database, query_labels, database_labels)), k=k, max_pairs=max_pairs
+    )
     return _mean(sums, k, normalize, jnp.zeros((), jnp.int32))
 
 
@@ -303,14 +299,36 @@ def _largest(distances: Tensor, largest: int | None) -> int:
     return found
 
 
+@functools.partial(jax.jit, static_argnames=("k", "max_pairs"))  # its steps would take hundreds of programs
+def _sums_of_codes(queries: Array, database: Array, asked: Array, labels: Array, *, k: int, max_pairs: int) -> RankSums:
+    bins, items = WORD * queries.shape[1] + 2, len(database)
+    counted = bins <= MOST_BINS
+
+    def tile(some: tuple[Array, Array]) -> RankSums:
+        def pairs(given: tuple[Array, Array]) -> tuple[Array, Array]:
+            return packed_hamming_distance(given[0], some[0]), share_label(given[1], some[1])
+
+        if counted:
+            return by_counting(pairs, (database, labels), items, len(some[0]), k, bins)
+        distances, relevance = pairs((database, labels))
+        return by_sorting(distances.T, relevance.T, k)
+
+    at_once = rows_at_once(max_pairs, len(queries), min(items, CHUNK * BLOCK) if counted else items)
+    return in_tiles(tile, (queries, asked), at_once)
+
+
 def _rank_sums(distances: Tensor, relevance: Tensor, k: int, largest: int | None) -> RankSums:
     known = _known_largest(distances, largest)
-    if known is None or known + 3 > MOST_BINS:
-        return by_sorting(jnp.asarray(distances), jnp.asarray(relevance), k)
-    bins = known + 3  # 0 to the largest, what is above, padding
-    rows, items = jnp.shape(distances)
-    at_once = rows_at_once(MAX_PAIRS, rows, items * max(1, bins // BLOCK))
-    return in_tiles(lambda pair: by_counting(*pair, k, bins), (jnp.asarray(distances), jnp.asarray(relevance)), at_once)
+    bins = None if known is None or known + 3 > MOST_BINS else known + 3  # 0 to the largest, what is above, padding
+    return _sums_of_distances(jnp.asarray(distances), jnp.asarray(relevance), k=k, bins=bins)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "bins"))
+def _sums_of_distances(distances: Array, relevance: Array, *, k: int, bins: int | None) -> RankSums:
+    if bins is None:
+        return by_sorting(distances, relevance, k)
+    number = distances.shape[1]
+    return by_counting(lambda pair: pair, (distances.T, relevance.T), number, len(distances), k, bins)
 
 
 def _undefined(distances: Tensor) -> Array:

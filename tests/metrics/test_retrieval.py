@@ -71,12 +71,12 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_cut_offs_by_hand():
-    distances = np.arange(6)[None]
+    distances = np.arange(6, dtype=np.float32)[None]
     relevance = np.array([[0, 1, 0, 1, 1, 0]]) == 1
-    assert average(distances, relevance, k=4, normalize="found", largest=5).map == pytest.approx((1 / 2 + 2 / 4) / 2)
-    assert average(distances, relevance, k=4, normalize="min", largest=5).map == pytest.approx((1 / 2 + 2 / 4) / 3)
-    assert average(distances, relevance, k=2, normalize="min", largest=5).map == pytest.approx((1 / 2) / 2)
-    assert average(distances, relevance, k=1, normalize="found", largest=5).map == 0
+    assert average(distances, relevance, k=4, normalize="found").map == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert average(distances, relevance, k=4, normalize="min").map == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert average(distances, relevance, k=2, normalize="min").map == pytest.approx((1 / 2) / 2)
+    assert average(distances, relevance, k=1, normalize="found").map == 0
 
 
 @given(distances=DISTANCES, relevance=RELEVANCE, way=st.sampled_from([(None, "found"), (7, "found"), (70, "min")]))
@@ -90,8 +90,8 @@ def test_scikit_learn_agrees_without_ties():
     random = np.random.default_rng(0)
     distances, relevance = random.permuted(np.tile(np.arange(150), (3, 1)), axis=1), random.random((3, 150)) < 0.3
     expected = [average_precision_score(r, -d) for d, r in zip(distances, relevance, strict=True)]
-    for values in (distances, distances.astype(np.float32)):
-        np.testing.assert_allclose(mean_average_precision(values, relevance).per_query, expected, rtol=1e-5)
+    score = mean_average_precision(distances.astype(np.float32), relevance)
+    np.testing.assert_allclose(score.per_query, expected, rtol=1e-5)
 
 
 def test_queries_without_relevant_items_are_left_out():
@@ -128,12 +128,20 @@ def codes():
 def test_packed_codes_agree_whatever_is_held_at_once():
     queries, database, first, second = codes()
     expected = mean_average_precision(hamming_distance(queries, database), share_label(first, second), 9, "min")
-    for max_pairs in (1, 3 * 40, 2**22):  # one query, several tiles and a rest, all
+    for max_pairs in (1, 3 * 64, 2**22):  # one query, some after the other and a rest, all
         found = hamming_mean_average_precision(
             pack_bits(queries), pack_bits(database), first, second, 9, "min", max_pairs=max_pairs
         )
         np.testing.assert_allclose(found.per_query, expected.per_query, rtol=1e-6)
         assert found.counted == expected.counted
+
+
+def test_many_items_and_many_bits():
+    # More items than counts of 16 bits hold, several chunks of them; and more distances than one expression compares.
+    random = np.random.default_rng(0)
+    distances, relevance = random.integers(0, 200, (2, 66_000), np.int32), random.random((2, 66_000)) < 0.1
+    score = average(distances, relevance, largest=200)
+    np.testing.assert_allclose(score.per_query, average(distances.astype(np.float32), relevance).per_query, rtol=1e-4)
 
 
 def test_devices_agree(over_devices):
@@ -145,9 +153,9 @@ def test_devices_agree(over_devices):
 
 def test_precision_by_hand():
     distances, relevance = np.array([[0, 1, 1, 3], [3, 3, 3, 3]]), np.array([[1, 0, 1, 1], [1, 1, 0, 0]]) == 1
+    np.testing.assert_allclose(precision_at_k(distances, relevance, 3).per_query, [2 / 3, 2 / 3])
+    np.testing.assert_allclose(precision_at_k(distances.astype(np.float32), relevance, 2).per_query, [0.5, 1])
     for values in (distances, distances.astype(np.float32)):
-        np.testing.assert_allclose(precision_at_k(values, relevance, 2).per_query, [0.5, 1])
-        np.testing.assert_allclose(precision_at_k(values, relevance, 3).per_query, [2 / 3, 2 / 3])
         np.testing.assert_allclose(precision_at_radius(values, relevance, 1).per_query, [2 / 3, 0])
         np.testing.assert_allclose(precision_at_radius(values, relevance, 3).per_query, [3 / 4, 1 / 2])
 
