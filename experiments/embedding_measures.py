@@ -17,11 +17,21 @@ TOTAL = "total"
 CELL, LEAST, GAP = 12, 64, 2  # pixels of a position of an attention map, of a map at least, and between maps
 
 
-def embed(model: Any, inputs: Inputs, published: Any, consts: Any, batch: Any) -> tuple[Any, Any]:
-    """Both encoders on a batch whose captions [B, captions, length] are texts of their own."""
-    image = model.apply(published, inputs.images(batch["image"]), method="encode_image")
+def encode_images(model: Any, inputs: Inputs, published: Any, batch: Any) -> retrieval.Embedded:
+    """The pictures of a batch."""
+    return model.apply(published, inputs.images(batch["image"]), method="encode_image")
+
+
+def encode_texts(model: Any, inputs: Inputs, published: Any, consts: Any, batch: Any) -> retrieval.Embedded:
+    """The captions [B, captions, length] of a batch, as texts of their own."""
     words, mask = (x.reshape(-1, *x.shape[2:]) for x in (inputs.words(batch["words"], consts), batch["mask"]))
-    return image, model.apply(published, words, mask, method="encode_text")
+    return model.apply(published, words, mask, method="encode_text")
+
+
+def embed(model: Any, inputs: Inputs, published: Any, consts: Any, batch: Any) -> tuple[Any, Any]:
+    """Both."""
+    texts = encode_texts(model, inputs, published, consts, batch)
+    return encode_images(model, inputs, published, batch), texts
 
 
 def evaluators(

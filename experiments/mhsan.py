@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from experiments import captions, embedding_measures
 from experiments import classification as cls
 from experiments import networks as nets
+from experiments.caption_searcher import CaptionSearcher
 from experiments.gan_networks import dtypes
 from experiments.report import Measure
 from experiments.studies import Claim, Study
@@ -217,6 +218,18 @@ def predictor(config: ConfigDict, stage: str) -> Any:
       UserError: always.
     """
     raise UserError(f"Stage {stage!r} embeds pictures and captions; it does not classify.")
+
+
+def searcher(config: ConfigDict, stage: str) -> CaptionSearcher:
+    """What `experiments.search` searches a stage's vectors by.
+
+    Raises:
+      UserError: for a stage that is no arm.
+    """
+    if stage not in config.arms:
+        raise unknown("stage that embeds", stage, config.arms)
+    setup = Setup.of(config)
+    return CaptionSearcher(setup.task, setup.model(config.arms[stage]), setup.inputs, config.eval_batch_size)
 
 
 # --- claims ---

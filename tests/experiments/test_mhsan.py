@@ -1,5 +1,6 @@
 """Images and captions: the shipped smoke run, what its studies ask for, every variant, users' files, and refusals."""
 
+import functools
 import json
 
 import jax
@@ -71,6 +72,48 @@ def test_parts_begin_when_the_config_says(finished):
     assert setup.steps_per_epoch(16) == 4
     assert stage.num_steps == 4
     assert set(published(finished, "heads4")["params"]) == {"image", "text"}
+
+
+# --- search ---
+
+
+def test_captions_find_pictures_and_the_other_way(finished, tmp_path):
+    searcher = mhsan.searcher(cli.load_run(str(finished), {}), "heads4")
+    assert searcher.sides == {"image": "image", "text": "text"}
+    consts = train.load_outcome(finished, "heads4").consts
+    consts = jax.tree.map(lambda x: np.asarray(x)[0], consts)
+    one = jax.tree.map(lambda x: x[0], published(finished, "heads4"))
+    batch = searcher.source(consts, "query").batch(0)
+    encode = {side: jax.jit(functools.partial(searcher.encode, side)) for side in ("image", "text")}
+    vectors = {side: np.asarray(encode[side](one, consts, batch)) for side in encode}
+
+    def asked(side, query):
+        row = {name: np.repeat(column, 16, 0) for name, column in searcher.read(side, query).items()}
+        return encode[side](one, consts, row)[0]
+
+    assert (vectors["image"].shape, vectors["text"].shape) == ((16, 16), (16, 2, 16))
+    shown, said = (searcher.show(side, consts, "query", 3, 1) for side in ("image", "text"))
+    np.testing.assert_array_equal(shown.picture, batch["image"][3])
+    assert said.picture is None
+    # What is asked in words, or as a file, is what the set has.
+    np.testing.assert_allclose(asked("text", said.text)[0], vectors["text"][3, 1], atol=1e-5)
+    Image.fromarray(shown.picture[..., 0]).save(tmp_path / "asked.png")
+    np.testing.assert_allclose(asked("image", str(tmp_path / "asked.png")), vectors["image"][3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "query", "says"),
+    [
+        ("text", "thre", "Did you mean 'three'"),
+        ("text", "", "must be of 1 to"),
+        ("text", "one " * 30, "got 30"),
+        ("image", "none.png", "none.png cannot be read"),
+    ],
+)
+def test_queries_that_nothing_can_be_made_of(side, query, says):
+    config = cli.load_config(SMOKE, {})
+    with pytest.raises(UserError, match=says):
+        mhsan.searcher(config, "heads4").read(side, query)
 
 
 # --- studies ---
