@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -57,8 +58,7 @@ def run_cell(cell: Cell) -> dict[str, Any] | NonFiniteError:
       OutOfTimeError: if the cell would begin after its deadline.
       UserError: as the run itself.
     """
-    config = cell_config(cli.load_config(cell.config, cell.overrides))
-    workdir = epath.Path(cell.folder) / f"{cell.name}-{identity(config)}"
+    config, workdir = _located(cell)
     finished = workdir / "results.json"
     if finished.exists():
         return {"workdir": str(workdir), **json.loads(finished.read_text())}
@@ -71,6 +71,12 @@ def run_cell(cell: Cell) -> dict[str, Any] | NonFiniteError:
         return error
     finally:
         forget_programs()  # of hundreds of cells, one process could not keep them all
+
+
+def _located(cell: Cell) -> tuple[ConfigDict, epath.Path]:
+    """The cell's config and folder; cells of one folder are the same run."""
+    config = cell_config(cli.load_config(cell.config, cell.overrides))
+    return config, epath.Path(cell.folder) / f"{cell.name}-{identity(config)}"
 
 
 def cell_config(config: ConfigDict) -> ConfigDict:
@@ -106,6 +112,8 @@ def default_jobs() -> int:
 def workers(jobs: int) -> Iterator[Callable[[Iterable[Cell]], Iterable]]:
     """Gives `run_cells(cells) -> results in their order`, in so many processes; 1 is this one.
 
+    Several threads may call it at once, but for jobs=1; a cell that they share runs once.
+
     Raises:
       Preempted: after SIGTERM, when all processes have saved where they were.
       UserError: if a process is lost.
@@ -117,8 +125,21 @@ def workers(jobs: int) -> Iterator[Callable[[Iterable[Cell]], Iterable]]:
     # Not forked: JAX has threads here.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, cli.use_compilation_cache)
+    begun: dict[str, concurrent.futures.Future] = {}
+    lock = threading.Lock()
+
+    def run_cells(cells: Iterable[Cell]) -> Iterator:
+        found = []
+        for cell in cells:
+            folder = str(_located(cell)[1])
+            with lock:
+                if folder not in begun:
+                    begun[folder] = pool.submit(_worker, cell)
+                found.append(begun[folder])
+        return (one.result() for one in found)
+
     try:
-        yield lambda cells: pool.map(_worker, cells)
+        yield run_cells
     except BrokenProcessPool as error:
         raise UserError("A process of --jobs was killed, perhaps for its memory: try --jobs 1.") from error
     except BaseException:

@@ -4,13 +4,15 @@
 
 Every cell of a study is a run of its own below OUT/cells: what is finished is kept, what was interrupted goes on.
 Writes OUT/results.json, OUT/report.html and OUT/claims.md. --config.NAME=VALUE changes a field of every study's config.
-On a CPU cells run in several processes at once.
+On a CPU cells run in several processes at once, those of two studies side by side.
 """
 
+import concurrent.futures
+import contextlib
 import importlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -117,21 +119,35 @@ def reproduce(
     results = earlier_results(out)
     if jobs > 1:
         overrides = {"loop.progress": False, **(overrides or {})}  # bars of several processes
-    with cells.workers(jobs) as run_cells:
-        for method in methods:
-            for study in studies_of(method):
-                found = _study(method, study, out, deadline, overrides or {}, run_cells)
-                kept = results.setdefault(method, {})
-                if "claims" in found or "claims" not in kept.get(study.name, {}):
-                    kept[study.name] = found
-                else:
-                    console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
-                write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
-                write_text(out / "report.html", html.page(results))
-                write_text(out / "claims.md", markdown.page(results))
+    tasks = [(method, study) for method in methods for study in studies_of(method)]
+    # Threads outside: they wait for cells, which are told to stop when the processes are.
+    with _side_by_side(jobs) as each, cells.workers(jobs) as run_cells:
+        outcomes = each(lambda task: _study(*task, out, deadline, overrides or {}, run_cells), tasks)
+        for (method, study), found in zip(tasks, outcomes, strict=True):
+            kept = results.setdefault(method, {})
+            if "claims" in found or "claims" not in kept.get(study.name, {}):
+                kept[study.name] = found
+            else:
+                console.print(f"{method}/{study.name}: the report keeps the earlier result.", soft_wrap=True)
+            write_text(out / "results.json", json.dumps(jsonable(results), indent=1) + "\n")
+            write_text(out / "report.html", html.page(results))
+            write_text(out / "claims.md", markdown.page(results))
     html.print_claims(results)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     return results
+
+
+@contextlib.contextmanager
+def _side_by_side(jobs: int) -> Iterator[Callable]:
+    """Gives a `map` of two studies at once: where one waits for its last cell, the other has more for idle processes."""
+    if jobs == 1:
+        yield map
+        return
+    threads = concurrent.futures.ThreadPoolExecutor(2)
+    try:
+        yield threads.map
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
 
 
 def _study(

@@ -47,6 +47,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every annotated shape and dtype of the library is checked while tests run.
 jaxtyping.install_import_hook("jkd", "beartype.beartype")
 
+from jkd.train import forget_programs
+
+MOST_MAPPINGS = 20_000
+
 settings.register_profile("jkd", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("jkd")
 
@@ -72,6 +76,16 @@ def pytest_collection_modifyitems(items):
     """Workers take whole files in this order: the longest must not begin last, nor two that wait for each other."""
     order = {name: i for i, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Programs take memory mappings, of which Linux gives a process 65,530: without more, a worker that keeps those of
+    thousands of tests is ended by a segmentation fault."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        forget_programs()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Verdicts by hand, and a reproduction whose runs are made up."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -267,6 +268,19 @@ def test_methods_share_equal_cells(made_up, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found) == ["energy_kd", "cosine_kd"]
     assert found["cosine_kd"]["tiny"]["stages"]["kd"] == found["energy_kd"]["tiny"]["stages"]["kd"]
+
+
+def test_studies_side_by_side_run_what_they_share_once(made_up, tmp_path, monkeypatch):
+    pool = concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(cells.concurrent.futures, "ProcessPoolExecutor", lambda jobs, *rest: pool(jobs))
+    other = dataclasses.replace(STUDY, name="other", claims=energy_kd.CLAIMS[:1])
+    monkeypatch.setattr(energy_kd, "STUDIES", (*energy_kd.STUDIES, other))
+    reproduce.main(["energy_kd", "--out", str(tmp_path / "two"), "--jobs", "2"])
+    assert sorted(made_up) == sorted(CELLS)
+    reproduce.main(["energy_kd", "--out", str(tmp_path / "one"), "--jobs", "1"])
+    two, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    assert list(two["energy_kd"]) == ["tiny", "other"]
+    assert two == one
 
 
 def test_reproduce_stops_by_its_budget_and_goes_on(made_up, tmp_path, capsys):
