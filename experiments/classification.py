@@ -210,26 +210,34 @@ def augmentation(section: ConfigDict, field: str, size: int = 0) -> Callable:
     return data.compose(*steps) if steps else lambda key, images: images
 
 
-def build_model(config: ConfigDict, task: Task, precision: str) -> Any:
-    """The model of a `teacher` or `student` section.
+def dtypes(precision: str) -> dict[str, Any]:
+    """`dtype` and `param_dtype` of networks that compute in `precision`.
 
-    `precision` is what it computes in. Parameters, statistics, logits and losses, and all sums over devices, are
-    float32 for "float32" and "bfloat16", and float64 for "float64".
+    Parameters, statistics, logits and losses, and all sums over devices, are float32 for "float32" and "bfloat16", and
+    float64 for "float64".
+
+    Raises:
+      UserError: for another precision, or float64 without 64-bit JAX.
     """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if precision == "float64" and jax.dtypes.canonicalize_dtype("float64") != np.float64:
+        raise UserError("precision=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1.")
+    dtype = jnp.dtype(precision)
+    return {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+
+
+def build_model(config: ConfigDict, task: Task, precision: str) -> Any:
+    """The model of a `teacher` or `student` section; `precision` as of `dtypes`."""
     options: dict[str, Any] = {}
     if config.model == "mlp":
         options = {"hidden": tuple(config.hidden), "norm": config.norm}
     if config.model == "cnn":
         options = {"width": config.width}
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    if precision == "float64" and jax.dtypes.canonicalize_dtype("float64") != np.float64:
-        raise UserError("precision=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1.")
+    types = dtypes(precision)
     if config.model == "mlp" and min(config.hidden, default=1) < 1:
         raise UserError(f"hidden must be widths >= 1, got {tuple(config.hidden)}.")
-    dtype = jnp.dtype(precision)
-    param_dtype = jnp.promote_types(dtype, jnp.float32)
-    return nn.build(config.model, task.num_classes, dtype=dtype, param_dtype=param_dtype, **options)
+    return nn.build(config.model, task.num_classes, **types, **options)
 
 
 def transformed(config: ConfigDict, task: Task, stage: train.Stage) -> train.Stage:

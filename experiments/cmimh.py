@@ -20,6 +20,7 @@ from experiments import classification as cls
 from experiments import hashing as judge
 from experiments.networks import selected_arms
 from experiments.optimizers import check_optimizer, make_optimizer
+from experiments.pair_networks import PairNetworks
 from experiments.pairs import SIDES, PairTask, load_pairs
 from experiments.searchers import PairSearcher
 from experiments.studies import Claim, Study
@@ -67,10 +68,7 @@ def build_encoder(config: ConfigDict, side: str) -> hashing.HashEncoder:
     Vectors of tokens are averaged by "features"; "words" are convolutions over them.
     """
     section = config.encoders[side]
-    if config.precision not in cls.PRECISIONS:
-        raise unknown("precision", config.precision, cls.PRECISIONS)
-    dtype = jnp.dtype(config.precision)
-    types = {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+    types = cls.dtypes(config.precision)
     backbone: Any = None
     if section.kind == "image":
         options = {"width": section.width} if section.model == "cnn" else {}
@@ -89,28 +87,22 @@ class Setup:
     Attributes:
       config: the whole of it.
       task: its pairs.
-      encoders: of each side.
+      encoders: of both sides.
     """
 
     config: Any
     task: PairTask
-    encoders: Mapping[str, hashing.HashEncoder]
+    encoders: PairNetworks
 
     @classmethod
     def of(cls_, config: ConfigDict) -> "Setup":
         """Loads the pairs and builds the encoders of a config."""
-        return cls_(config, load_pairs(config), {side: build_encoder(config, side) for side in SIDES})
+        task = load_pairs(config)
+        return cls_(config, task, PairNetworks(task, {side: build_encoder(config, side) for side in SIDES}))
 
     def initialize(self, key: jax.Array, free: bool) -> dict[str, Any]:
-        """{"params": {side: ..., "critics": ...}, other collections: {side: ...}}."""
-        made = {}
-        for side, own in zip(SIDES, jax.random.split(key), strict=True):
-            example = {name: jnp.zeros((1, *shape)) for name, shape in self.task.shapes.items() if name == side}
-            made[side] = self.encoders[side].init(own, example[side], **self.mask(side, None))
-        variables: dict[str, Any] = {}
-        for side, of in made.items():
-            for collection, tree in of.items():
-                variables.setdefault(collection, {})[side] = tree
+        """The variables of the encoders, and of "critics" among the parameters where they are free."""
+        variables = self.encoders.init(key)
         if free:
             keys, q = jax.random.split(jax.random.fold_in(key, 1)), jnp.zeros((1, self.config.bits))
             critic = hashing.CodeCritic(self.config.bits)
@@ -119,38 +111,10 @@ class Setup:
             }
         return variables
 
-    def mask(self, side: str, batch: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The encoder's argument `mask`, where a side has one; of one example that is all there without a batch."""
-        name = f"{side}_mask"
-        if name not in self.task.shapes:
-            return {}
-        return {"mask": jnp.ones((1, *self.task.shapes[name]), bool) if batch is None else batch[name]}
-
-    def encode(self, published: Any, consts: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The logits of both sides' codes, of a batch as it is stored."""
-        seen = self.task.view(consts, batch)
-        found = {}
-        for side in SIDES:
-            own = {collection: tree[side] for collection, tree in published.items() if side in tree}
-            found[side] = self.encoders[side].apply(own, seen[side], **self.mask(side, seen)).logits  # type: ignore
-        return found
-
-    def train_logits(self, params: Any, state: Any, batch: Any, key: jax.Array) -> tuple[list[jax.Array], Any]:
-        """The logits of both sides in training, and the encoders' new state."""
-        logits, after = [], {name: dict(tree) for name, tree in state.items()}
-        for side, own in zip(SIDES, jax.random.split(key), strict=True):
-            before = {name: tree[side] for name, tree in state.items() if side in tree}
-            apply = functools.partial(self.encoders[side].apply, **self.mask(side, batch))
-            out, new = nn.apply_train(apply, params[side], before, batch[side], {"dropout": own})
-            logits.append(out.logits)
-            for name, tree in new.items():
-                after[name][side] = tree
-        return logits, after
-
     @functools.cached_property
     def evaluators(self) -> dict[str, train.Evaluator]:
         """Of all trained arms."""
-        found = judge.evaluators(self.config, self.task, self.encode)
+        found = judge.evaluators(self.config, self.task, self.encoders.logits)
         if "first_private" in self.task.shapes:
             found["private"] = private_evaluator(self)
         return found
@@ -165,14 +129,14 @@ def make_step(setup: Setup, arm: ConfigDict, steps: int, per_epoch: float) -> tr
 
     def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
         drawn, dropped = jax.random.split(key)
-        logits, after = setup.train_logits(params, state.model_state, batch, dropped)
+        logits, after = setup.encoders.train_logits(params, state.model_state, batch, dropped)
         critics: Any = None
         if arm.critic == "free":
             critics = tuple(functools.partial(critic.apply, {"params": params["critics"][side]}) for side in SIDES)
         terms = hashing.cmimh_terms(
             drawn,
-            logits[0],
-            logits[1],
+            logits["first"],
+            logits["second"],
             critics,
             **weights,
             gap=arm.gap_kind,
@@ -183,7 +147,7 @@ def make_step(setup: Setup, arm: ConfigDict, steps: int, per_epoch: float) -> tr
         )
         return terms.loss, train.Aux({k: v for k, v in terms._asdict().items() if k != "loss"}, after)
 
-    return train.ModelStep(loss_fn, optimizer, lambda key, consts, batch: setup.task.view(consts, batch))
+    return train.ModelStep(loss_fn, optimizer, setup.encoders.view)
 
 
 def arm_stage(setup: Setup, name: str) -> train.Stage:
@@ -230,7 +194,7 @@ def private_evaluator(setup: Setup) -> train.Evaluator:
     queries = setup.task.sizes["query"]
 
     def collect(published: Any, consts: Any, batch: Any, mask: Any) -> dict[str, Any]:
-        logits = setup.encode(published, consts, batch)
+        logits = setup.encoders.logits(published, consts, batch)
         found = {side: logits[side] >= 0 for side in SIDES}
         return {**found, **{f"{side}_private": batch[f"{side}_private"] for side in SIDES}}
 
@@ -310,5 +274,5 @@ def searcher(config: ConfigDict, stage: str) -> PairSearcher:
     if stage not in config.arms:
         raise unknown("arm", stage, config.arms)
     setup, kind = Setup.of(config), config.arms[stage].kind
-    scores = setup.encode if kind == "mi" else judge.linear_scores(setup.task, kind, config.bits)
+    scores = setup.encoders.logits if kind == "mi" else judge.linear_scores(setup.task, kind, config.bits)
     return PairSearcher(setup.task, scores, config.eval_batch_size)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,6 +23,7 @@ from experiments import hashing as judge
 from experiments import networks as nets
 from experiments.dcsh_codes import GRAPHS, HYPERPLANES, SUFFIX
 from experiments.optimizers import check_optimizer, make_optimizer
+from experiments.pair_networks import PairNetworks
 from experiments.pairs import SIDES, PairTask, load_pairs
 from experiments.studies import Claim, Study
 from jkd import hashing, nn, train
@@ -61,10 +61,7 @@ def check(config: ConfigDict) -> None:
 def make_network(config: ConfigDict, task: PairTask, side: str) -> Any:
     """The hashing network of a side: a text's, where there is a mask; a backbone's for images; else of features."""
     c, bits, shape = config.network, config.bits, task.shapes[side]
-    if config.precision not in cls.PRECISIONS:
-        raise unknown("precision", config.precision, cls.PRECISIONS)
-    dtype = jnp.dtype(config.precision)
-    types = {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+    types = cls.dtypes(config.precision)
     if f"{side}_mask" in task.shapes:
         return hashing.TextCNNHash(bits, tuple(c.widths), c.filters, c.dropout, **types)
     backbone = None
@@ -81,59 +78,23 @@ class Setup:
     Attributes:
       config: the whole of it.
       task: its pairs.
-      networks: of each side.
+      networks: of both sides.
     """
 
     config: Any
     task: PairTask
-    networks: Mapping[str, Any]
+    networks: PairNetworks
 
     @classmethod
     def of(cls_, config: ConfigDict) -> "Setup":
         """Loads the pairs and builds the networks of a config."""
         task = load_pairs(config)
-        return cls_(config, task, {side: make_network(config, task, side) for side in SIDES})
-
-    def variables(self, key: jax.Array) -> dict[str, Any]:
-        """Of both networks, {"params": {side: ...}, ...}."""
-        keys = jax.random.split(key, len(SIDES))
-        made = [nn.init(self.networks[side], k, self.task.shapes[side]) for side, k in zip(SIDES, keys, strict=True)]
-        return {
-            kind: {side: one[kind] for side, one in zip(SIDES, made, strict=True) if kind in one}
-            for kind in dict.fromkeys(name for one in made for name in one)
-        }
-
-    def apply_fn(self, batch: Mapping[str, Any], side: str) -> Callable:
-        """The network of a side, for the batch that its input comes from."""
-        mask = batch.get(f"{side}_mask")
-        return self.networks[side].apply if mask is None else functools.partial(self.networks[side].apply, mask=mask)
-
-    def train_logits(self, params: Any, state: Any, batch: Any, key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
-        """The logits of both sides in training, and the new model state."""
-        logits, after = {}, {kind: dict(of) for kind, of in state.items()}
-        for side, own in zip(SIDES, jax.random.split(key, len(SIDES)), strict=True):
-            model_state = {kind: of[side] for kind, of in state.items() if side in of}
-            out, changed = nn.apply_train(
-                self.apply_fn(batch, side), params[side], model_state, batch[side], {"dropout": own}
-            )
-            logits[side] = out.logits
-            for kind in changed:
-                after[kind][side] = changed[kind]
-        return logits, after
-
-    def scores(self, published: Any, consts: Any, batch: Any) -> dict[str, jax.Array]:
-        """The logits of both sides, of what a stage of networks published."""
-        seen = self.task.view(consts, batch)
-        found = {}
-        for side in SIDES:
-            variables = {kind: of[side] for kind, of in published.items() if side in of}
-            found[side] = self.apply_fn(seen, side)(variables, seen[side], train=False).logits
-        return found
+        return cls_(config, task, PairNetworks(task, {side: make_network(config, task, side) for side in SIDES}))
 
     @functools.cached_property
     def learned(self) -> dict[str, train.Evaluator]:
         """The evaluators of networks."""
-        return judge.evaluators(self.config, self.task, self.scores)
+        return judge.evaluators(self.config, self.task, self.networks.logits)
 
     @functools.cached_property
     def loss_fn(self) -> Callable:
@@ -141,7 +102,7 @@ class Setup:
         loss, weight = LOSSES[self.config.network.loss], self.config.network.agreement
 
         def loss_fn(params: Any, state: Any, consts: Any, batch: Any, key: jax.Array, t: Any) -> Any:
-            logits, model_state = self.train_logits(params, state.model_state, batch, key)
+            logits, model_state = self.networks.train_logits(params, state.model_state, batch, key)
             codes = consts["codes"][batch["index"]]
             found = {side: loss(logits[side], codes) for side in SIDES}
             right = {f"{side}_bits": ((logits[side] >= 0) == (codes > 0)).mean() for side in SIDES}
@@ -152,10 +113,6 @@ class Setup:
             return total, train.Aux({**found, **right}, model_state)
 
         return loss_fn
-
-    def view(self, key: jax.Array, consts: Any, batch: Any) -> Any:
-        """A batch as networks see it."""
-        return self.task.view(consts, batch)
 
     @functools.cached_property
     def steps(self) -> tuple[int, float]:
@@ -170,7 +127,7 @@ class Setup:
     @functools.cached_property
     def step(self) -> train.ModelStep:
         """Of all arms: the rate is in an arm's state."""
-        return train.ModelStep(self.loss_fn, self.optimizer(1.0), self.view)
+        return train.ModelStep(self.loss_fn, self.optimizer(1.0), self.networks.view)
 
 
 # --- stages ---
@@ -189,7 +146,7 @@ def network_stage(setup: Setup, name: str, arm: ConfigDict) -> train.Stage:
         return {**consts, "codes": codes}
 
     def init(key: jax.Array, previous: Any, consts: Any) -> train.TrainState:
-        return train.create_state(setup.variables(key), optimizer)
+        return train.create_state(setup.networks.init(key), optimizer)
 
     made = train.Stage(
         name,

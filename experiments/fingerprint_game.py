@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import gan_networks
+from experiments.classification import dtypes
 from experiments.gan_games import Game
 from jkd import data, gan, train
 from jkd.errors import UserError, unknown
@@ -57,7 +58,7 @@ class Decoder:
 def build_decoder(config: ConfigDict, shape: tuple[int, int, int], bits: int) -> Decoder:
     """The decoder of a config, for so many bits."""
     section, outputs = config.decoder, config.generator.latent_dim + bits
-    named = gan_networks.dtypes(config.precision)
+    named = dtypes(config.precision)
     if section.model == "mlp":
         return Decoder(gan.MLPEncoder(outputs, tuple(section.hidden), **named), config.generator.latent_dim)
     model = gan.StyleGAN2Encoder(

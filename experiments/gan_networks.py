@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments.classification import PRECISIONS
+from experiments.classification import dtypes
 from jkd import gan
-from jkd.errors import UserError, unknown
+from jkd.errors import UserError
 
 MODELS = ("mlp", "dcgan", "stylegan2")
 
@@ -27,16 +25,6 @@ def attention_of(blocks: Sequence[str], field: str) -> tuple[tuple[int, str], ..
             raise UserError(f'{field} holds blocks as "RESOLUTION:KIND", such as "32:patchwise", got {block!r}.')
         found.append((int(resolution), kind))
     return tuple(found)
-
-
-def dtypes(precision: str) -> dict[str, Any]:
-    """`dtype` and `param_dtype` of networks: see `classification.build_model`."""
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    if precision == "float64" and jax.dtypes.canonicalize_dtype("float64") != jnp.float64:
-        raise UserError("precision=float64 needs 64-bit JAX: set the environment variable JAX_ENABLE_X64=1.")
-    dtype = jnp.dtype(precision)
-    return {"dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
 
 
 def build_generator(section: ConfigDict, shape: tuple[int, int, int], precision: str, **changes: Any) -> Any:

@@ -20,7 +20,6 @@ from experiments import captions, embedding_measures
 from experiments import classification as cls
 from experiments import networks as nets
 from experiments.caption_searcher import CaptionSearcher
-from experiments.gan_networks import dtypes
 from experiments.report import Measure
 from experiments.studies import Claim, Study
 from jkd import nn, retrieval, train
@@ -88,7 +87,7 @@ class Setup:
 
     def model(self, arm: ConfigDict) -> retrieval.MHSAN:
         """The encoders of an arm."""
-        section, types = self.config.network, dtypes(self.config.precision)
+        section, types = self.config.network, cls.dtypes(self.config.precision)
         both = {"dim": section.dim, "width": arm.width, "heads": arm.heads, "hidden": section.hidden, "pool": arm.pool}
         both |= {"dropout": section.dropout, **types}
         backbone = {}

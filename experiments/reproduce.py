@@ -122,7 +122,7 @@ def reproduce(
     tasks = [(method, study) for method in methods for study in studies_of(method)]
     # Threads outside: they wait for cells, which are told to stop when the processes are.
     with _side_by_side(jobs) as each, cells.workers(jobs) as run_cells:
-        outcomes = each(lambda task: _study(*task, out, deadline, overrides or {}, run_cells), tasks)
+        outcomes = each(lambda task: _study(task[0], task[1], out, deadline, overrides or {}, run_cells), tasks)
         for (method, study), found in zip(tasks, outcomes, strict=True):
             kept = results.setdefault(method, {})
             if "claims" in found or "claims" not in kept.get(study.name, {}):
@@ -139,7 +139,7 @@ def reproduce(
 
 @contextlib.contextmanager
 def _side_by_side(jobs: int) -> Iterator[Callable]:
-    """Gives a `map` of two studies at once: where one waits for its last cell, the other has more for idle processes."""
+    """Gives a `map` of two studies at once: where one waits for its last cell, processes go on with the other's."""
     if jobs == 1:
         yield map
         return
