@@ -25,6 +25,7 @@ from experiments.dcsh_codes import GRAPHS, HYPERPLANES, SUFFIX
 from experiments.optimizers import check_optimizer, make_optimizer
 from experiments.pair_networks import PairNetworks
 from experiments.pairs import SIDES, PairTask, load_pairs
+from experiments.searchers import PairSearcher
 from experiments.studies import Claim, Study
 from jkd import hashing, nn, train
 from jkd.errors import UserError, unknown
@@ -186,6 +187,22 @@ def predictor(config: ConfigDict, stage: str) -> cls.Predictor:
       UserError: always.
     """
     raise UserError(f"Stage {stage!r} makes codes of pairs and has no classes: nothing predicts them.")
+
+
+def searcher(config: ConfigDict, stage: str) -> PairSearcher:
+    """The networks (or linear functions) of an arm, for `experiments.search`.
+
+    Raises:
+      UserError: if there is no such arm, or it has no networks.
+    """
+    if stage not in config.arms:
+        raise unknown("arm", stage, config.arms)
+    setup, codes = Setup.of(config), config.arms[stage].codes
+    if codes in LINEAR:
+        return PairSearcher(setup.task, judge.linear_scores(setup.task, codes, config.bits), config.eval_batch_size)
+    if not config.network.epochs:
+        raise UserError(f"network.epochs=0: nothing of {stage!r} makes codes of queries.")
+    return PairSearcher(setup.task, setup.networks.logits, config.eval_batch_size)
 
 
 # --- claims ---

@@ -39,6 +39,9 @@ METHODS = (
     "dual_contrastive_gan",
     "gan_fingerprinting",
     "fewshot_dcl",
+    "cmimh",
+    "dcsh",
+    "mhsan",
 )
 OWN_FIELDS = ("seed", "only", "teacher.workdir", "start.workdir")
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from helpers_experiments import QUIET, published
 
-from experiments import cli, dcsh, dcsh_codes
+from experiments import cli, dcsh, dcsh_codes, search
 from experiments import train as command
 from experiments.report import Measure
 from experiments.studies import run_study
-from jkd import train
+from jkd import metrics, train
+from jkd.errors import UserError
 from jkd.train.lower import abstract_stages
 
 CONFIG = "configs/dcsh.py"
@@ -80,6 +81,22 @@ def test_seeds_and_arms_differ_as_they_should(smoke):
     assert {"first", "second", "first_bits", "second_bits"} <= set(first)
     rounds = next(line["train"] for line in lines if line["stage"] == "joint_codes" and "train" in line)
     assert set(rounds) == {"objective", "changed"}
+
+
+def test_codes_of_held_out_pairs_are_searched(smoke):
+    config = cli.load_run(str(smoke), {})
+    hits = search.search(config, str(smoke), "data:2", 5, "joint", 1)
+    outcome, setup = train.load_outcome(smoke, "joint"), dcsh.Setup.of(config)
+    variables, consts = (jax.tree.map(lambda x: x[1], of) for of in (outcome.published, outcome.consts))
+    rows = consts["rows"]
+    batches = [setup.task.pool.read(np.asarray(index)) for index in (rows["query"][2:3], rows["database"])]
+    asked, searched = (setup.networks.logits(variables, consts, batch) for batch in batches)
+    distances = np.asarray(metrics.hamming_distance(asked["first"] >= 0, searched["second"] >= 0))[0]
+    order = np.argsort(distances, kind="stable")[:5]
+    np.testing.assert_array_equal(hits.rows, order)
+    np.testing.assert_array_equal(hits.distances, distances[order])
+    with pytest.raises(UserError, match="Unknown arm 'joint_codes'"):
+        search.search(config, str(smoke), "data:2", 5, "joint_codes")
 
 
 def smoke_config(**changes):
