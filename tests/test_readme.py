@@ -40,11 +40,26 @@ def test_links_and_commands_exist():
         assert f"\n{target}:" in makefile, target
 
 
-def test_the_page_on_generators_trains_one():
-    page = (ROOT / "docs" / "generators.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict = {}
-    exec(compile(code, "generators.md", "exec"), names)
-    assert np.isfinite([float(value) for value in names["metrics"].values()]).all()
+def run_page(name):
+    """What the code of a page leaves behind."""
+    page = (ROOT / "docs" / name).read_text()
     for module in re.findall(r"python -m experiments\.(\w+)", page):
         assert (ROOT / "experiments" / f"{module}.py").exists(), module
+    names: dict = {}
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), name, "exec"), names)
+    return names
+
+
+def test_the_page_on_generators_trains_one():
+    names = run_page("generators.md")
+    assert np.isfinite([float(value) for value in names["metrics"].values()]).all()
+
+
+def test_the_page_on_retrieval_makes_codes_and_searches_them():
+    names = run_page("retrieval.md")
+    assert names["precision"].map > 0.2  # of 10 classes; a hundred steps
+    assert names["codes"].shape == (1400, 16)
+    batch = names["source"].batch(0)
+    for loss in (names["both"], names["learn"]):
+        slopes = jax.grad(loss)(names["state"].params, batch, jax.random.key(0))
+        assert all(np.isfinite(x).all() and np.abs(x).max() > 0 for x in jax.tree.leaves(slopes))
