@@ -8,6 +8,8 @@ topologies need the `tpu` extra (libtpu) on any machine; `cpu:8` needs nothing. 
 from the config's `data` section. Plans are kept in the user's cache folder.
 
 Some programs overflow the stack of libtpu itself (seen for tpu7x): `ulimit -s unlimited` before the command helps.
+Others take it very long (large generators): with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 in the environment it optimizes
+less and compiles in a fraction of the time; the plan is then of a program that is somewhat slower than it could be.
 """
 
 import dataclasses
