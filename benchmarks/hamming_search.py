@@ -5,6 +5,11 @@ ours ordered by index where they are, before any clock starts. All take turns, f
 runs in both of its forms (a heap for each query, and counting), with as many threads as there are cores.
 
     python -m benchmarks.hamming_search [--items 1000000 10000000] [--queries 1000] [--k 100] [--repeats 7] [--no-peer]
+
+With --topology nothing is run: the search of a database that is divided among these devices is compiled, and what each
+of them needs is printed; TPUs need the `tpu` extra.
+
+    python -m benchmarks.hamming_search --topology v5e:4x4 --items 100000000
 """
 
 import argparse
@@ -15,13 +20,20 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks._hashing import Limits, compiled, header, measured_limits, random_codes, variant
 from benchmarks.distill_step import Variant, measure
+from experiments.plan import use_cpu_devices
+from experiments.report import table_console
 from jkd import hashing
 from jkd.hashing.search import BLOCK
+from jkd.train.plan import report as report_of
+from jkd.train.topology import topology_devices
 
 GOAL = 1.0
 
@@ -94,6 +106,21 @@ def compare(items: int, args: argparse.Namespace, limits: Limits) -> None:
     print(about)
 
 
+def plan(items: int, args: argparse.Namespace) -> None:
+    """Prints what each device of a topology needs to search its share of a database."""
+    devices = topology_devices(args.topology, 1)
+    mesh = Mesh(np.array(devices), ("data",))
+    words = -(-args.bits // 32)
+
+    def codes(rows: int, spec: P) -> Any:
+        return jax.ShapeDtypeStruct((rows, words), jnp.uint32, sharding=NamedSharding(mesh, spec))
+
+    search = jax.jit(functools.partial(hashing.sharded_hamming_search, k=args.k, mesh=mesh))
+    compiled = search.lower(codes(args.queries, P()), codes(items, P("data"))).compile()
+    print(f"\n{args.queries} queries, {items} codes of {args.bits} bits, top {args.k}, divided among {args.topology}")
+    table_console().print(report_of(compiled, devices).table())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, nargs="+", default=[1_000_000, 10_000_000])
@@ -102,7 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-peer", action="store_true", help="without faiss")
+    parser.add_argument("--topology", metavar="NAME:LAYOUT", help="compile for v5e:4x4, cpu:8, ..., and run nothing")
     args = parser.parse_args(argv)
+    if args.topology:
+        use_cpu_devices(args.topology)
+        for items in args.items:
+            plan(items, args)
+        return
     print(header())
     if not args.no_peer and importlib.util.find_spec("faiss") is None:
         print("without faiss, which is not installed: pip install faiss-cpu")

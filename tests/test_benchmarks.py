@@ -95,3 +95,10 @@ def test_all_are_known_here():
     known |= {"distill_step.py", "gan_step.py", "loop_overhead.py", "precision.py", "quantize_step.py"}
     known |= {"hamming_search.py", "mean_average_precision.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == known, "a new benchmark needs a test"
+
+
+def test_a_divided_database_is_planned_without_being_there(capsys):
+    load("hamming_search").main(["--topology", "cpu:8", "--items", "100003", "--queries", "4", "--k", "5"])
+    told = capsys.readouterr().out
+    assert "divided among cpu:8" in told
+    assert "all-gather" in told
