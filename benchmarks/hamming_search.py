@@ -107,8 +107,9 @@ def compare(items: int, args: argparse.Namespace, limits: Limits) -> None:
 
 
 def plan(items: int, args: argparse.Namespace) -> None:
-    """Prints what each device of a topology needs to search its share of a database."""
+    """Prints what each device of a topology needs to search its share of a database, of which all hold as much."""
     devices = topology_devices(args.topology, 1)
+    items += -items % len(devices)
     mesh = Mesh(np.array(devices), ("data",))
     words = -(-args.bits // 32)
 

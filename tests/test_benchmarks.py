@@ -100,5 +100,5 @@ def test_all_are_known_here():
 def test_a_divided_database_is_planned_without_being_there(capsys):
     load("hamming_search").main(["--topology", "cpu:8", "--items", "100003", "--queries", "4", "--k", "5"])
     told = capsys.readouterr().out
-    assert "divided among cpu:8" in told
+    assert "100008 codes of 64 bits, top 5, divided among cpu:8" in told
     assert "all-gather" in told
