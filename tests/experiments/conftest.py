@@ -5,11 +5,12 @@ import os
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import cli, train
-from jkd.train import loop
+from jkd.train import loop, make_mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from helpers_experiments import QUIET, SMOKE, SMOKE_ARMS, listing
@@ -27,6 +28,14 @@ def smoke(tmp_path_factory):
             arms = f"--config.only={','.join(SMOKE_ARMS)}"
             train.main(["--config", SMOKE, "--workdir", str(workdir), arms, *QUIET])
     return workdir
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The train command on a mesh of one device, where programs compile faster and any batch can be divided."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda config: make_mesh(devices=jax.devices()[:1]))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,7 @@ from jkd.train.lower import abstract_stages
 VARIANTS = cli._load_module(cli.ROOT / "configs/cmimh.py").VARIANTS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of one device: programs compile faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "make_mesh", lambda config: train.make_mesh(devices=jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def signs(*rows):

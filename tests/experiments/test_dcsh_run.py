@@ -21,12 +21,7 @@ VARIANTS = cli._load_module(cli.ROOT / CONFIG).VARIANTS
 ARMS = ("joint", "lsh", "cca")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of one device, where programs compile faster; tests/hashing looks at more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "make_mesh", lambda config: train.make_mesh(devices=jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,7 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of one device: four shots cannot be divided among eight, and programs compile faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "make_mesh", lambda config: train.make_mesh(devices=jax.devices()[:1]))
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def smoke_run(workdir, method, *arms, changes=()):

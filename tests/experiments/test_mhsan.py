@@ -22,13 +22,10 @@ SMOKE = "configs/mhsan.py:smoke"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(one_device, tmp_path_factory):
     """The workdir of the shipped smoke config, by the command's own main."""
     workdir = tmp_path_factory.mktemp("mhsan") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        # Programs for one device compile faster.
-        patch.setattr(command, "make_mesh", lambda config: train.make_mesh(devices=jax.devices()[:1]))
-        command.main(["--config", SMOKE, "--workdir", str(workdir), "--config.only=heads4,mean", *QUIET])
+    command.main(["--config", SMOKE, "--workdir", str(workdir), "--config.only=heads4,mean", *QUIET])
     return workdir
 
 

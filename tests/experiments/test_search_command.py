@@ -16,17 +16,15 @@ from jkd.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """A mesh of one device: programs compile faster."""
+def searched_on_one_device(one_device):
     make_mesh = train.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "make_mesh", lambda config: make_mesh(devices=jax.devices()[:1]))
         patch.setattr(train, "make_mesh", lambda **sizes: make_mesh(devices=jax.devices()[:1]))
         yield
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
+def workdir(one_device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "run"
     command.main(["--config", "configs/cmimh.py:smoke", "--workdir", str(folder), "--config.only=full,cca", *QUIET])
     return folder
