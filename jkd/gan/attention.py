@@ -161,6 +161,28 @@ def _neighborhoods(x: Shaped[Array, "batch height width channels"], size: int) -
     return jnp.stack(shifts, axis=3)
 
 
+def _sum_of_patches(
+    weights: Float[Array, "batch height width patch groups"],
+    values: Float[Array, "batch height width planes groups"],
+    size: int,
+) -> Float[Array, "batch height width planes groups"]:
+    """The sum over the square around each position of the values there, as they are weighted."""
+    height, width, half = values.shape[1], values.shape[2], size // 2
+    padded = jnp.pad(values, ((0, 0), (half, half), (half, half), (0, 0), (0, 0)))
+
+    by_row = jnp.moveaxis(weights.reshape(*weights.shape[:3], size, size, -1), 3, 0)
+
+    @jax.checkpoint
+    def add_row(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+        i, row_weights = row
+        below = jax.lax.dynamic_slice_in_dim(padded, i, height, axis=1)
+        around = jnp.stack([below[:, :, j : j + width] for j in range(size)], axis=3)
+        return total + jnp.einsum("bhwpg,bhwpsg->bhwsg", row_weights, around), None
+
+    # A loop: written out, all rows would be in memory at once.
+    return jax.lax.scan(add_row, jnp.zeros_like(values), (jnp.arange(size), by_row))[0]
+
+
 class PatchwiseSelfAttention(nn.Module):
     """Every position attends to the square around it, with weights that a small network makes of the whole patch.
 
@@ -168,8 +190,9 @@ class PatchwiseSelfAttention(nn.Module):
 
     The weights depend on where in the patch a position lies, not on its content alone. With G = channels / share_planes
     groups, channel c has the weights of group c mod G. The MLP is 1x1, ReLU, 1x1; its first layer on the keys is a
-    convolution with the patch as its kernel, so that only the values are unfolded: kernel_size^2 channels numbers a
-    position. Positions outside the map are zero for the MLP and have no weight in the softmax.
+    convolution with the patch as its kernel, so that only the values are unfolded, a row of the patch at a time, and
+    anew in the backward pass: kernel_size channels numbers a position. Positions outside the map are zero for the MLP
+    and have no weight in the softmax.
 
     Attributes:
       kernel_size: of the patch, odd.
@@ -201,11 +224,11 @@ class PatchwiseSelfAttention(nn.Module):
                 f"kernel_size must be odd and share_planes must divide the {channels} channels, got "
                 f"{self.kernel_size} and {self.share_planes}."
             )
-        values = _neighborhoods(_project(self, channels, "value")(x), self.kernel_size)
+        values = _project(self, channels, "value")(x)
         # Groups, of which there are many, come last: accelerators fill the last axis up to 128.
-        grouped = values.reshape(*values.shape[:-1], self.share_planes, -1)
+        grouped = values.reshape(*where, self.share_planes, -1)
         weights = self._weights(x, channels // self.share_planes).astype(grouped.dtype)
-        out = jnp.einsum("bhwpg,bhwpsg->bhwsg", weights, grouped).reshape(*where, channels)
+        out = _sum_of_patches(weights, grouped, self.kernel_size).reshape(*where, channels)
         return x.astype(self.dtype) + out.astype(self.dtype)
 
     def _weights(self, x: Maps, groups: int) -> Float[Array, "batch height width patch groups"]:

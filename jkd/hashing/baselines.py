@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from jkd.checks import Tensor, as_float, concrete
 from jkd.errors import UserError
+from jkd.linalg import eigh
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -87,7 +88,7 @@ def pca_projection(x: Float[Tensor, "rows dim"], bits: int) -> Projection:
         raise UserError(f"bits must lie in [1, min(rows - 1, dim)] = [1, {most}], got {bits}.")
     center = features.mean(0)
     centered = features - center[None]
-    variances, vectors = jnp.linalg.eigh(jnp.matmul(centered.T, centered, precision=HIGHEST) / len(features))
+    variances, vectors = eigh(jnp.matmul(centered.T, centered, precision=HIGHEST) / len(features))
     # What rounding leaves of a variance of 0: relative to the scale of the features, not of what varies in them.
     scale = jnp.square(features).mean(0).sum()
     noise = 10 * len(center) * jnp.finfo(features.dtype).eps * jnp.maximum(variances[-1], scale * 1e-3)

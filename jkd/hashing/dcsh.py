@@ -32,6 +32,7 @@ from jkd.hashing.spectral import (
     product,
     spectral_embedding,
 )
+from jkd.linalg import eigh
 
 ALPHA, RHO, INNER, ITQ_ITERS = 1.0, 0.1, 5, 50
 Codes = Num[Tensor, "rows bits"]
@@ -191,7 +192,7 @@ def update_y(
     if rows < bits + 1:
         raise UserError(f"{bits} bits need at least {bits + 1} rows, got {rows}.")
     middle = centered(signs)
-    values, right = jnp.linalg.eigh(product(middle.T, middle))
+    values, right = eigh(product(middle.T, middle))
     rounding = 10 * bits * jnp.finfo(signs.dtype).eps
     sound = values > rounding * rows * bits
     left = product(middle, right / jnp.sqrt(jnp.where(sound, values, 1))[None])

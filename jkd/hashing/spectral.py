@@ -17,6 +17,7 @@ from jkd.checks import Tensor, as_float, concrete
 from jkd.errors import UserError
 from jkd.hashing.anchors import HIGHEST, SparseRows
 from jkd.hashing.baselines import fix_signs
+from jkd.linalg import eigh
 
 Factor = Float[Tensor, "rows anchors"] | SparseRows
 
@@ -129,7 +130,7 @@ def left_singular(
 
     Of a singular value that is 0 up to rounding random vectors take the place, orthogonal to all others.
     """
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     values, vectors = values[::-1][:bits], vectors[:, ::-1][:, :bits]
     rounding = 10 * len(gram) * jnp.finfo(gram.dtype).eps
     sound = values > rounding * jnp.maximum(values[0], rounding)
