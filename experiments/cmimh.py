@@ -233,6 +233,7 @@ def best_interior(stages: Mapping[str, Any]) -> dict[str, Any]:
 
 
 CONFIG = "configs/cmimh.py"
+RATES = (0.001, 0.003, 0.01)
 PAPER = "so, on other sets"
 KNOWN = ("private/private", "test/first_to_first")  # what a code knows of its own side
 ORDER = (
@@ -255,8 +256,8 @@ FACTORS = (
     Claim("... and find less within the first modality", "", ("gap_0", KNOWN[1]), ("cross_only", KNOWN[1])),
 )
 STUDIES = (
-    Study("digits", CONFIG, (0.003, 0.01), 2, ORDER),
-    Study("factors", f"{CONFIG}:factors", (0.003, 0.01), 2, FACTORS, derived=best_interior),
+    Study("digits", CONFIG, RATES, 2, ORDER),
+    Study("factors", f"{CONFIG}:factors", RATES, 2, FACTORS, derived=best_interior),
 )
 
 
