@@ -25,6 +25,7 @@ from experiments.dcsh_codes import GRAPHS, HYPERPLANES, SUFFIX
 from experiments.optimizers import check_optimizer, make_optimizer
 from experiments.pair_networks import PairNetworks
 from experiments.pairs import SIDES, PairTask, load_pairs
+from experiments.report import Measure
 from experiments.searchers import PairSearcher
 from experiments.studies import Claim, Study
 from jkd import hashing, nn, train
@@ -226,6 +227,7 @@ def _codes(arm: str) -> tuple[str, str]:
     return arm + SUFFIX, "train/map"
 
 
+CODE_MEASURE = Measure("train/map", "train/map", "mAP of the codes of step 1 among training pairs, %")
 SINGLE_CODES = [_codes(arm) for arm in SINGLE]
 CODE_CLAIMS = (
     Claim("codes of both graphs beat those of one, on average", better=2 * [_codes("joint")], worse=SINGLE_CODES),
@@ -238,5 +240,5 @@ CODE_CLAIMS = (
 CONFIG = "configs/dcsh.py"
 STUDIES = (
     Study("digits", CONFIG, (0.001, 0.003, 0.01), 2, CLAIMS),
-    Study("clusters", f"{CONFIG}:clusters", (), 0, CODE_CLAIMS),
+    Study("clusters", f"{CONFIG}:clusters", (), 0, CODE_CLAIMS, measure=CODE_MEASURE),
 )

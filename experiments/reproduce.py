@@ -173,7 +173,7 @@ def _study(
         config = cli.load_config(study.config, overrides)
         arms = [name for name in config.arms if name in (study.arms or config.arms)]
         module, shared = cli.experiment(config), list(study.shared or config.get("teachers", ()))
-        found = run_study(study, run, shared, arms, Measure.of(module))
+        found = run_study(study, run, shared, arms, study.measure or Measure.of(module))
         return {**found, "baseline": module.BASELINE}
     except Preempted:
         raise

@@ -63,6 +63,7 @@ class Study:
         several arms at once; they are reported beside the others.
       shared: stages that all arms start from, which run once for the tuning seeds and once for the final ones.
       given: the field of the config by which an arm finds the folder of the run that holds them.
+      measure: what arms are compared by, where it is not the method's.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Study:
     derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda stages: {}
     shared: Sequence[str] = ()
     given: str = "teacher.workdir"
+    measure: Measure | None = None
 
 
 TUNING_SEED = 1000

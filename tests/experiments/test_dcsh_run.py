@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from helpers_experiments import QUIET, published
 
-from experiments import cli, dcsh, dcsh_codes, search
+from experiments import cli, dcsh, dcsh_codes, html, markdown, search
 from experiments import train as command
 from experiments.report import Measure
 from experiments.studies import run_study
 from jkd import metrics, train
 from jkd.errors import UserError
+from jkd.train.log import jsonable
 from jkd.train.lower import abstract_stages
 
 CONFIG = "configs/dcsh.py"
@@ -115,15 +116,9 @@ def test_rounds_without_weights_raise_the_objective(tmp_path):
 # --- studies ---
 
 
-class Made(dict):
-    """Two seeds of any metric of a smoke run."""
-
-    def __init__(self, known):
-        self.known = known
-
-    def __missing__(self, metric):
-        assert metric in self.known, f"no evaluator finds {metric}"
-        return np.random.default_rng(len(metric)).uniform(10, 90, 2).tolist()
+def made_up(known):
+    """Two seeds of every metric that a smoke run finds."""
+    return {metric: np.random.default_rng(len(metric)).uniform(10, 90, 2).tolist() for metric in known}
 
 
 def test_studies_ask_for_what_runs_find(smoke):
@@ -132,16 +127,22 @@ def test_studies_ask_for_what_runs_find(smoke):
     for study in dcsh.STUDIES:
         config = cli.load_config(study.config, {})
         arms = list(study.arms or config.arms)
-        names = [name for arm in arms for name in (arm, f"{arm}_codes")]
-        made = {name: {"metrics": Made(codes if name.endswith("_codes") else learned), "history": {}} for name in names}
+        learn = [] if study.name == "clusters" else arms
+        names = [*learn, *(f"{arm}_codes" for arm in arms)]
+        made = {
+            name: {"metrics": made_up(codes if name.endswith("_codes") else learned), "history": {}} for name in names
+        }
         found = run_study(
             study,
             lambda cells, made=made: {c: {"workdir": "w", "stages": made} for c in cells},
             (),
             arms,
-            Measure.of(dcsh),
+            study.measure or Measure.of(dcsh),
         )
         assert [claim["claim"] for claim in found["claims"]] == [claim.text for claim in study.claims]
+        results = {"dcsh": {study.name: jsonable({**found, "baseline": dcsh.BASELINE})}}
+        assert f"{(learn or names)[0]}</td>" in html.page(results)
+        assert f"`{(learn or names)[0]}`" in markdown.page(results)
 
 
 # --- every variant ---
