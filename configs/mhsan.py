@@ -103,6 +103,7 @@ def others() -> dict[str, ConfigDict]:
     return {
         "mean": arm(1, pool="mean"),
         "undiverse": arm(4, diversity=0.0),
+        "diverse": arm(4, diversity=10.0),
         "all_negatives": arm(4, negatives="all"),
         "without_warmup": arm(4, warmup=0.0),
         "batch16": arm(4, batch_size=16),

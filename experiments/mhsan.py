@@ -269,6 +269,8 @@ COLLAGES = (
     *SEVERAL,
     Claim("the diversity penalty lowers the overlap of heads", "", ("undiverse", OVERLAP), ("heads4", OVERLAP)),
     Claim("the diversity penalty costs no recall", "", "heads4", "undiverse", margin=SLACK),
+    Claim("a penalty a hundred times as large lowers it", "", ("undiverse", OVERLAP), ("diverse", OVERLAP)),
+    Claim("... and costs no recall", "", "diverse", "undiverse", margin=SLACK),
     Claim("hard negatives find more than all of them", "VSE++", "heads4", "all_negatives"),
     *WORST,
 )
@@ -276,7 +278,7 @@ SINGLE = (
     Claim("one head finds as much as four where there is one object", "", "heads1", "heads4", margin=SLACK),
     Claim("one head finds as much as eight where there is one object", "", "heads1", "heads8", margin=SLACK),
 )
-ARMS = ("heads1", "wide1", "heads4", "heads8", "undiverse", "all_negatives", "mean")
+ARMS = ("heads1", "wide1", "heads4", "heads8", "undiverse", "diverse", "all_negatives", "mean")
 STUDIES = (
     Study("collages", CONFIG, RATES, 2, COLLAGES, arms=ARMS, derived=compared),
     Study("scenes", f"{CONFIG}:scenes", RATES, 2, (*SEVERAL, *WORST), derived=compared),
