@@ -74,6 +74,7 @@ def pca_projection(x: Float[Tensor, "rows dim"], bits: int) -> Projection:
 
     In float32 at least. Where the data vary in fewer directions than `bits` (constant features, for one), the columns
     left over are 0, so that their bit is 1 for all. NaN gives NaN. `fix_signs` decides between the two signs of each.
+    The directions cannot be differentiated.
 
     Args:
       x: one sample a row.
