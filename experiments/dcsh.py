@@ -239,6 +239,6 @@ CODE_CLAIMS = (
 )
 CONFIG = "configs/dcsh.py"
 STUDIES = (
-    Study("digits", CONFIG, (0.001, 0.003, 0.01), 2, CLAIMS),
+    Study("digits", CONFIG, (0.001, 0.003, 0.01, 0.03), 2, CLAIMS),
     Study("clusters", f"{CONFIG}:clusters", (), 0, CODE_CLAIMS, measure=CODE_MEASURE),
 )
