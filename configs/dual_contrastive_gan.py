@@ -6,7 +6,7 @@ Variants:
   default      scikit-learn's digits, dense networks, 4,000 steps: all losses.
   smoke        the same code in seconds.
   fashion      Fashion-MNIST, DCGAN: logistic, dual and saturating dual.
-  patches      32x32 pieces of photos, a small StyleGAN2: with attention and without.
+  patches      32x32 pieces of photos, a small StyleGAN2: without attention, and with each form of it.
   ffhq256, bedroom256, church256, horse256, clevr256
                StyleGAN2 (config-e) at 256x256: the dual loss, alone and with patchwise attention at 32x32.
   celeba128, animal128
@@ -47,7 +47,7 @@ def losses(**changes: Any) -> dict[str, ConfigDict]:
 
 def attentive(resolution: int, **changes: Any) -> dict[str, ConfigDict]:
     """The forms of attention that the paper compares, in either network."""
-    kinds = {"global": "self", "patchwise": "patchwise"}
+    kinds = {"global": "self", "dynamic": "dynamic", "tokens": "tokens", "patchwise": "patchwise"}
     arms = {f"{name}_g": arm(generator_attention=(f"{resolution}:{kind}",), **changes) for kind, name in kinds.items()}
     arms |= {
         f"{name}_d": arm(discriminator_attention=(f"{resolution}:{kind}",), **changes)
@@ -95,9 +95,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.game = gan_settings.game(500, penalty_weight=0.5, penalty_every=16, decay=0.98)
         rate = {"lr": 0.002}
         arms = {loss: arm(loss, **rate) for loss in ("logistic", "dual")}
-        config.arms = ConfigDict(
-            arms | {name: one for name, one in attentive(16, **rate).items() if "self" not in name}
-        )
+        config.arms = ConfigDict(arms | attentive(16, **rate))
     elif variant in VARIANTS[1:]:
         large(config, variant, {**PHOTOS, **LIMITED}[variant])
     return config

@@ -81,6 +81,9 @@ WITHIN = (
 ATTENTION = (
     Claim("dual (swapped roles) is within 30 % of logistic", "better, at scale", "dual", "limit"),
     Claim("patchwise attention in the generator helps", "9.84 to 9.35 (CelebA)", "patchwise_g", "logistic"),
+    Claim("patchwise beats global attention in the generator", "SAN wins", "patchwise_g", "self_g"),
+    Claim("patchwise attention beats dynamic filters", "SAN wins", "patchwise_g", "dynamic_g"),
+    Claim("patchwise attention beats tokens", "SAN wins", "patchwise_g", "tokens_g"),
     Claim("dual loss and both attentions beat logistic", "-17.5 % to -47.5 % FID", "dual_attention", "logistic"),
 )
 SHARED: dict[str, Any] = {"shared": (gans.FEATURES,), "given": "start.workdir", "derived": limits}
@@ -94,7 +97,7 @@ STUDIES = (
         (0.002,),
         0,
         ATTENTION,
-        arms=("logistic", "dual", "patchwise_g", "dual_attention"),
+        arms=("logistic", "dual", "self_g", "dynamic_g", "tokens_g", "patchwise_g", "dual_attention"),
         **SHARED,
     ),
 )

@@ -17,7 +17,7 @@ def generator(model: str, **changes: Any) -> ConfigDict:
     config.fmap_base, config.fmap_max = 8192, 512  # of stylegan2: channels are min(2 base / resolution, max)
     config.style_dim, config.mapping_layers = 512, 8  # of stylegan2 (of mlp with a condition: style_dim)
     config.architecture = "skip"  # of stylegan2: or resnet
-    config.attention = ()  # of stylegan2: blocks as "RESOLUTION:KIND", of global and patchwise
+    config.attention = ()  # of stylegan2: blocks as "RESOLUTION:KIND", of global, patchwise, dynamic and tokens
     config.style_mixing = 0.0  # of stylegan2: share of images with styles from two latents
     config.update(changes)
     return config
@@ -33,7 +33,7 @@ def discriminator(model: str, **changes: Any) -> ConfigDict:
     config.fmap_base, config.fmap_max = 8192, 512  # of stylegan2
     config.architecture = "resnet"  # of stylegan2: or skip
     config.minibatch_group = 4  # of stylegan2: images whose deviation is looked at; 0: not at all
-    config.attention = ()  # of stylegan2: blocks as "RESOLUTION:KIND", of global, patchwise and reference
+    config.attention = ()  # of stylegan2: likewise; and reference
     config.update(changes)
     return config
 

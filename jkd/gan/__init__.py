@@ -8,7 +8,7 @@ from jkd.gan.adaptation import (
     freeze,
     select_layer,
 )
-from jkd.gan.attention import PatchwiseSelfAttention, ReferenceAttention, SelfAttention2D, dot_attention
+from jkd.gan.attention import ReferenceAttention, SelfAttention2D, TokenAttention, dot_attention
 from jkd.gan.augmentation import ada_update, augment_with_probability
 from jkd.gan.contrastive import discriminator_contrastive_loss, generator_contrastive_loss
 from jkd.gan.dcgan import DCGANDiscriminator, DCGANGenerator
@@ -40,6 +40,7 @@ from jkd.gan.losses import (
 from jkd.gan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
 from jkd.gan.modulation import demodulation, modulated_conv, modulated_kernel
 from jkd.gan.outputs import Generated, Judged
+from jkd.gan.patch_attention import DynamicFilter, PatchwiseSelfAttention
 from jkd.gan.penalties import (
     PathLengthPenalty,
     one_centered_gradient_penalty,
@@ -57,6 +58,7 @@ __all__ = [
     "Attribution",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "DynamicFilter",
     "FingerprintLosses",
     "GanState",
     "GanStep",
@@ -74,6 +76,7 @@ __all__ = [
     "StyleGAN2Discriminator",
     "StyleGAN2Encoder",
     "StyleGAN2Generator",
+    "TokenAttention",
     "ada_update",
     "anchored_latents",
     "as_uint8",

@@ -1,20 +1,19 @@
 """Attention over the positions of feature maps [batch, height, width, channels], for generators and discriminators."""
 
-from typing import TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from jkd.errors import UserError, unknown
 from jkd.nn import mixed
-from jkd.nn.layers import at_least_float32, conv, uniform_fan_in
+from jkd.nn.layers import at_least_float32
 
 SOURCES = ("primary", "reference")
 Maps = Float[Array, "batch height width channels"]
-_Layer: TypeAlias = "SelfAttention2D | ReferenceAttention | PatchwiseSelfAttention"
 
 
 def dot_attention(
@@ -36,8 +35,8 @@ def dot_attention(
     return jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores).astype(value.dtype), value)
 
 
-def _project(layer: "_Layer", features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
-    """A 1x1 convolution of `layer` (call in a compact method)."""
+def project(layer: Any, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
+    """A 1x1 convolution in the dtypes of a block (call in its compact method)."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -49,14 +48,24 @@ def _project(layer: "_Layer", features: int, name: str, *, use_bias: bool = Fals
     )
 
 
-def _check_maps(name: str, x: Array) -> None:
+def check_maps(name: str, x: Array) -> None:
+    """Stops what is no floating point [batch, height, width, channels].
+
+    Raises:
+      UserError: if so.
+    """
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(
             f"{name} must be floating point [batch, height, width, channels], got {x.dtype} {list(x.shape)}."
         )
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """Stops sizes below 1.
+
+    Raises:
+      UserError: with the name of the first of them.
+    """
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"{name} must be at least 1, got {size}.")
@@ -64,14 +73,14 @@ def _check_positive(**sizes: int) -> None:
 
 def _attend(layer: "SelfAttention2D | ReferenceAttention", query: Maps, key: Maps, value: Maps, residual: Maps) -> Maps:
     """The block of one compact method: projections, attention over all positions, and the gated residual."""
-    _check_positive(features=layer.features, qk_dim=layer.qk_dim)
+    check_positive(features=layer.features, qk_dim=layer.qk_dim)
 
     def rows(x: Maps, features: int, name: str) -> Array:
-        return _project(layer, features, name)(x).reshape(x.shape[0], -1, features)
+        return project(layer, features, name)(x).reshape(x.shape[0], -1, features)
 
     queries, keys = rows(query, layer.qk_dim, "query"), rows(key, layer.qk_dim, "key")
     out = dot_attention(queries, keys, rows(value, layer.features, "value"), scale=layer.scale)
-    out = _project(layer, residual.shape[-1], "out")(out).reshape(residual.shape)
+    out = project(layer, residual.shape[-1], "out")(out).reshape(residual.shape)
     gamma = layer.param("gamma", nn.initializers.zeros, (), layer.param_dtype)
     return residual.astype(layer.dtype) + gamma.astype(layer.dtype) * out.astype(layer.dtype)
 
@@ -101,7 +110,7 @@ class SelfAttention2D(nn.Module):
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
         """Maps [batch, height, width, channels] to the same shape, in `dtype`."""
-        _check_maps("x", x)
+        check_maps("x", x)
         return _attend(self, x, x, x, x)
 
 
@@ -139,7 +148,7 @@ class ReferenceAttention(nn.Module):
     @nn.compact
     def __call__(self, x_primary: Maps, x_reference: Maps) -> Maps:
         """Maps two [batch, height, width, channels] to one, in `dtype`."""
-        _check_maps("x_primary", x_primary)
+        check_maps("x_primary", x_primary)
         if x_primary.shape != x_reference.shape:
             raise UserError(
                 "x_primary and x_reference must have the same shape, got "
@@ -152,102 +161,75 @@ class ReferenceAttention(nn.Module):
         return _attend(self, maps[self.query_from], maps[self.key_from], maps[self.value_from], x_primary)
 
 
-def _neighborhoods(x: Shaped[Array, "batch height width channels"], size: int) -> Array:
-    """[batch, height, width, size * size, channels]: what lies around each position, row by row, 0 outside the map."""
-    _, height, width, _ = x.shape
-    half = size // 2
-    padded = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
-    shifts = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
-    return jnp.stack(shifts, axis=3)
+class _TokenRound(nn.Module):
+    """One round of `TokenAttention`: pools tokens, lets them attend to each other, and gives them back."""
+
+    tokens: int
+    qk_dim: int
+    scale: bool
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, rows: Float[Array, "batch positions channels"], before: Float[Array, "batch tokens channels"] | None
+    ) -> tuple[Float[Array, "batch positions channels"], Float[Array, "batch tokens channels"]]:
+        """Rows and tokens after the round; `before` are the last round's tokens."""
+        batch, _, channels = rows.shape
+        if before is None:
+            start = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
+            groups = self.param("groups", start, (self.tokens, channels), self.param_dtype)
+            asked = jnp.broadcast_to(groups.astype(self.dtype), (batch, self.tokens, channels))
+        else:
+            asked = project(self, channels, "groups")(before)
+        tokens = dot_attention(asked, rows, rows, scale=self.scale)
+        query, key = (project(self, self.qk_dim, f"token_{name}")(tokens) for name in ("query", "key"))
+        tokens = tokens + dot_attention(query, key, tokens, scale=self.scale)
+        units = nn.relu(project(self, channels, "token_hidden", use_bias=True)(tokens))
+        tokens = tokens + project(self, channels, "token_out", use_bias=True)(units.astype(self.dtype))
+        tokens = tokens.astype(self.dtype)
+        query, key = project(self, self.qk_dim, "query")(rows), project(self, self.qk_dim, "key")(tokens)
+        return rows + dot_attention(query, key, tokens, scale=self.scale), tokens
 
 
-def _sum_of_patches(
-    weights: Float[Array, "batch height width patch groups"],
-    values: Float[Array, "batch height width planes groups"],
-    size: int,
-) -> Float[Array, "batch height width planes groups"]:
-    """The sum over the square around each position of the values there, as they are weighted."""
-    height, width, half = values.shape[1], values.shape[2], size // 2
-    padded = jnp.pad(values, ((0, 0), (half, half), (half, half), (0, 0), (0, 0)))
+class TokenAttention(nn.Module):
+    """Positions attend to a few tokens, pooled from all of them, that attend to each other: a visual transformer.
 
-    by_row = jnp.moveaxis(weights.reshape(*weights.shape[:3], size, size, -1), 3, 0)
+        T = softmax_positions(x W_A)^T x,    in later rounds W_A = (T W_R)^T of the last round's tokens
+        T = T + softmax_tokens((T W_k)(T W_q)^T) T,    T = T + relu(T W_1 + b_1) W_2 + b_2
+        x = x + softmax_tokens((x W_Q)(T W_K)^T) T
 
-    @jax.checkpoint
-    def add_row(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
-        i, row_weights = row
-        below = jax.lax.dynamic_slice_in_dim(padded, i, height, axis=1)
-        around = jnp.stack([below[:, :, j : j + width] for j in range(size)], axis=3)
-        return total + jnp.einsum("bhwpg,bhwpsg->bhwsg", row_weights, around), None
-
-    # A loop: written out, all rows would be in memory at once.
-    return jax.lax.scan(add_row, jnp.zeros_like(values), (jnp.arange(size), by_row))[0]
-
-
-class PatchwiseSelfAttention(nn.Module):
-    """Every position attends to the square around it, with weights that a small network makes of the whole patch.
-
-        x_i + sum_(j in R(i)) w_ij * v_j,    w_i = softmax_R(i)( MLP([q_i; k_j for all j in R(i)]) )
-
-    The weights depend on where in the patch a position lies, not on its content alone. With G = channels / share_planes
-    groups, channel c has the weights of group c mod G. The MLP is 1x1, ReLU, 1x1; its first layer on the keys is a
-    convolution with the patch as its kernel, so that only the values are unfolded, a row of the patch at a time, and
-    anew in the backward pass: kernel_size channels numbers a position. Positions outside the map are zero for the MLP
-    and have no weight in the softmax.
+    Memory is height width tokens numbers an image, where `SelfAttention2D` takes (height width)^2. Tokens have
+    the maps' channels, and there is neither dropout nor normalization.
 
     Attributes:
-      kernel_size: of the patch, odd.
-      share_planes: how many channels share their weights; divides the input's channels.
-      qk_dim: channels of queries and keys; by default an eighth of the input's, at least 1.
-      hidden: units of the MLP; by default the number of groups.
+      tokens: how many.
+      rounds: how often this is done, with weights of their own.
+      qk_dim: channels of queries and keys; by default half of the input's, at least 1.
+      scale: whether scores are divided by the root of their number of channels.
       dtype: of the computation and the output; the softmax is in float32 at least.
       param_dtype: of the parameters.
 
-    Reference: Zhao, Jia and Koltun, Exploring Self-attention for Image Recognition, CVPR 2020 (whose padding reflects,
-      and whose MLP begins with batch normalization).
+    Reference: Wu et al., Visual Transformers: Token-based Image Representation and Processing for Computer Vision, 2020
+      (filter-based and recurrent tokenizers).
     """
 
-    kernel_size: int = 7
-    share_planes: int = 8
+    tokens: int = 16
+    rounds: int = 1
     qk_dim: int | None = None
-    hidden: int | None = None
+    scale: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
         """Maps [batch, height, width, channels] to the same shape, in `dtype`."""
-        _check_maps("x", x)
-        _check_positive(kernel_size=self.kernel_size, share_planes=self.share_planes)
-        *where, channels = x.shape
-        if self.kernel_size % 2 == 0 or channels % self.share_planes:
-            raise UserError(
-                f"kernel_size must be odd and share_planes must divide the {channels} channels, got "
-                f"{self.kernel_size} and {self.share_planes}."
-            )
-        values = _project(self, channels, "value")(x)
-        # Groups, of which there are many, come last: accelerators fill the last axis up to 128.
-        grouped = values.reshape(*where, self.share_planes, -1)
-        weights = self._weights(x, channels // self.share_planes).astype(grouped.dtype)
-        out = _sum_of_patches(weights, grouped, self.kernel_size).reshape(*where, channels)
-        return x.astype(self.dtype) + out.astype(self.dtype)
-
-    def _weights(self, x: Maps, groups: int) -> Float[Array, "batch height width patch groups"]:
-        """The weights of each position's patch, which sum to 1 over the part of it that lies in the map."""
-        batch, height, width, channels = x.shape
-        qk_dim = max(channels // 8, 1) if self.qk_dim is None else self.qk_dim
-        hidden = groups if self.hidden is None else self.hidden
-        _check_positive(qk_dim=qk_dim, hidden=hidden)
-        query, key = _project(self, qk_dim, "query")(x), _project(self, qk_dim, "key")(x)
-        of_keys = conv(
-            hidden,
-            self.kernel_size,
-            kernel_init=uniform_fan_in,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="mlp_keys",
-        )(key)
-        units = nn.relu(_project(self, hidden, "mlp_query", use_bias=True)(query) + of_keys)
-        scores = _project(self, self.kernel_size**2 * groups, "mlp_out", use_bias=True)(units.astype(self.dtype))
-        scores = scores.reshape(batch, height, width, -1, groups).astype(at_least_float32(self.dtype))
-        inside = _neighborhoods(jnp.ones((1, height, width, 1), bool), self.kernel_size)
-        return jax.nn.softmax(scores, axis=3, where=jnp.broadcast_to(inside, scores.shape))
+        check_maps("x", x)
+        channels = x.shape[-1]
+        qk_dim = max(channels // 2, 1) if self.qk_dim is None else self.qk_dim
+        check_positive(tokens=self.tokens, rounds=self.rounds, qk_dim=qk_dim)
+        rows, tokens = x.reshape(len(x), -1, channels).astype(self.dtype), None
+        for i in range(self.rounds):
+            one = _TokenRound(self.tokens, qk_dim, self.scale, self.dtype, self.param_dtype, name=f"round{i + 1}")
+            rows, tokens = one(rows, tokens)
+        return rows.reshape(x.shape)

@@ -10,14 +10,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from jkd.errors import UserError, unknown
-from jkd.gan.attention import PatchwiseSelfAttention, ReferenceAttention, SelfAttention2D
+from jkd.gan.attention import ReferenceAttention, SelfAttention2D, TokenAttention
 from jkd.gan.modulation import modulated_conv
+from jkd.gan.patch_attention import DynamicFilter, PatchwiseSelfAttention
 from jkd.gan.resampling import Maps, NewMaps, downsample, filtered_conv_down, filtered_conv_up, upsample
 from jkd.nn import mixed
 from jkd.nn.layers import at_least_float32
 
 RESAMPLING = ("none", "up", "down")
-ATTENTION = ("global", "patchwise", "reference")
+SELF_ATTENTION = ("global", "patchwise", "dynamic", "tokens")
+ATTENTION = (*SELF_ATTENTION, "reference")
 
 
 def leaky_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -208,15 +210,18 @@ def group_deviation(x: Maps, *, group: int, eps: float = 1e-8) -> Float[Array, "
 
 
 def self_attention(kind: str, channels: int, *, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.Module:
-    """The block "global", "patchwise" or "reference" for maps of so many channels, at its paper's sizes.
+    """The block of this kind, one of `ATTENTION`, for maps of so many channels, at its paper's sizes.
 
     Raises:
       UserError: if the kind is unknown.
     """
     types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "name": name}
-    if kind == "patchwise":
-        return PatchwiseSelfAttention(share_planes=math.gcd(8, channels), **types)
     if kind not in ATTENTION:
         raise unknown("attention", kind, ATTENTION)
+    if kind == "tokens":
+        return TokenAttention(**types)
+    if kind in ("patchwise", "dynamic"):
+        over_patches = PatchwiseSelfAttention if kind == "patchwise" else DynamicFilter
+        return over_patches(share_planes=math.gcd(8, channels), **types)
     block = SelfAttention2D if kind == "global" else ReferenceAttention
     return block(channels, max(channels // 8, 1), **types)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jkd.errors import UserError, unknown
 from jkd.gan.checks import check_condition
 from jkd.gan.layers import (
+    SELF_ATTENTION,
     EqualizedConv,
     EqualizedDense,
     StyledConv,
@@ -173,7 +174,8 @@ class StyleGAN2Generator(nn.Module):
       fmap_base: maps of resolution r have 2 fmap_base / r channels (the paper's config-f: 16384, config-e: 8192),
       fmap_max: but at most so many.
       architecture: "skip" (the image is a sum of colors of all resolutions) or "resnet".
-      attention: pairs (resolution, "global" or "patchwise"); blocks follow the convolutions of that resolution.
+      attention: pairs (resolution, kind): "global", "patchwise", "dynamic" or "tokens"; blocks follow the convolutions
+        of that resolution.
       condition_dim: width of the condition; 0 for none. With `style_from="latent"` it is embedded, joined to latents.
       style_from: "latent", "condition" or "none".
       modulated: the lowest and the highest resolution whose layers styles scale; by default all. Others are plain.
@@ -229,7 +231,7 @@ class StyleGAN2Generator(nn.Module):
         )
 
     def _check(self) -> None:
-        check_resolution(self.resolution, self.attention, ("global", "patchwise"))
+        check_resolution(self.resolution, self.attention, SELF_ATTENTION)
         if self.architecture not in ("skip", "resnet"):
             raise unknown("architecture", self.architecture, ("skip", "resnet"))
         if self.style_from not in STYLE_SOURCES:

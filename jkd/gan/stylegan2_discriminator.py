@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jkd.errors import UserError, unknown
 from jkd.gan.checks import check_condition
-from jkd.gan.layers import ATTENTION, EqualizedConv, EqualizedDense, group_deviation, self_attention
+from jkd.gan.layers import ATTENTION, SELF_ATTENTION, EqualizedConv, EqualizedDense, group_deviation, self_attention
 from jkd.gan.outputs import Judged
 from jkd.gan.resampling import Maps, NewMaps, downsample
 from jkd.gan.stylegan2 import Condition, check_resolution, count_channels
@@ -137,8 +137,8 @@ class StyleGAN2Discriminator(nn.Module):
       fmap_base: maps of resolution r have 2 fmap_base / r channels (the paper's config-f: 16384, config-e: 8192),
       fmap_max: but at most so many.
       architecture: "resnet" or "skip" (the image enters at every resolution).
-      attention: pairs (resolution, "global", "patchwise" or "reference"); blocks precede the convolutions of that
-        resolution. At most one of them takes references.
+      attention: pairs (resolution, kind): those of `StyleGAN2Generator`, or "reference", of which there is at most one;
+        blocks precede the convolutions of that resolution.
       minibatch_group: images over which deviations are taken, see `layers.group_deviation`; 0 for none.
       condition_dim: width of the condition, which is projected on the last vector; 0 for none.
       dtype: of the layers.
@@ -191,7 +191,7 @@ class StyleGAN2Encoder(nn.Module):
 
     Attributes:
       outputs: of the last dense layer, which is linear: latents and logits of bits, say.
-      The others are those of `StyleGAN2Discriminator`; attention is "global" or "patchwise".
+      The others are those of `StyleGAN2Discriminator`; attention takes no references.
 
     Reference: Yu et al., Responsible Disclosure of Generative Models Using Scalable Fingerprinting, ICLR 2022.
     """
@@ -214,7 +214,7 @@ class StyleGAN2Encoder(nn.Module):
           UserError: on shapes that do not fit the attributes.
         """
         del train  # the same in both
-        _check_trunk(self, ("global", "patchwise"))
+        _check_trunk(self, SELF_ATTENTION)
         check_images(images, self.resolution, self.channels)
         vectors, _ = _trunk(self, self.attention, 0)(images, None)
         types: dict[str, Any] = {"dtype": at_least_float32(self.dtype), "param_dtype": self.param_dtype}

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from jkd.errors import UserError
-from jkd.gan import PatchwiseSelfAttention, ReferenceAttention, SelfAttention2D, dot_attention
+from jkd.gan import (
+    DynamicFilter,
+    PatchwiseSelfAttention,
+    ReferenceAttention,
+    SelfAttention2D,
+    TokenAttention,
+    dot_attention,
+)
 
 T = np.array([[[1, 0], [0, 1], [1, 1]]], np.float32)
 MAPS = np.random.default_rng(0).normal(size=(2, 2, 3, 3, 8)).astype(np.float32)
@@ -110,9 +117,7 @@ def test_patchwise_in_numpy(patchwise):
     expected = X.copy()
     for b, i, j in np.ndindex(2, 3, 3):
         units = query[b, i, j] @ params["mlp_query"]["kernel"] + params["mlp_query"]["bias"]
-        inside = [
-            (p, i + p // 3 - 1, j + p % 3 - 1) for p in range(9) if 0 <= i + p // 3 - 1 < 3 and 0 <= j + p % 3 - 1 < 3
-        ]
+        inside = neighbors(i, j)
         for p, y, x in inside:
             units = units + key[b, y, x] @ params["mlp_keys"]["kernel"][p // 3, p % 3]
         scores = np.maximum(units, 0) @ params["mlp_out"]["kernel"] + params["mlp_out"]["bias"]
@@ -122,16 +127,90 @@ def test_patchwise_in_numpy(patchwise):
     np.testing.assert_allclose(apply(variables, X), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patchwise_weights_sum_to_one_inside_the_map(patchwise):
-    variables, apply = patchwise
+@pytest.fixture(scope="module")
+def dynamic():
+    module = DynamicFilter(kernel_size=3, share_planes=4, hidden=5)
+    return jax.jit(module.init)(KEY, X), jax.jit(module.apply)
+
+
+def neighbors(i, j):
+    """Place in the 3 x 3 patch and position of all that lie in the 3 x 3 map."""
+    found = [(p, i + p // 3 - 1, j + p % 3 - 1) for p in range(9)]
+    return [(p, y, x) for p, y, x in found if 0 <= y < 3 and 0 <= x < 3]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dynamic_filters_in_numpy(dynamic, normalize):
+    variables, _ = dynamic
+    params = jax.tree.map(np.asarray, variables["params"])
+    value, expected = X @ params["value"]["kernel"], X.copy()
+    for b, i, j in np.ndindex(2, 3, 3):
+        around = neighbors(i, j)
+        units = params["context"]["bias"] + sum(
+            X[b, y, x] @ params["context"]["kernel"][p // 3, p % 3] for p, y, x in around
+        )
+        units = np.where(units > 0, units, 0.01 * units)
+        filters = (units @ params["filters"]["kernel"] + params["filters"]["bias"]).reshape(9, 2)
+        filters = filters[[p for p, *_ in around]]
+        filters = softmax(filters, axis=0) if normalize else filters
+        for weight, (_, y, x) in zip(filters, around, strict=True):
+            expected[b, i, j] += np.tile(weight, 4) * value[b, y, x]
+    apply = DynamicFilter(kernel_size=3, share_planes=4, hidden=5, normalize=normalize).apply
+    np.testing.assert_allclose(jax.jit(apply)(variables, X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    module = TokenAttention(tokens=3, rounds=2, qk_dim=2)
+    return jax.jit(module.init)(KEY, X), jax.jit(module.apply)
+
+
+def test_token_attention_in_numpy(tokens):
+    variables, apply = tokens
+    params = jax.tree.map(np.asarray, variables["params"])
+    rows, found = X.reshape(2, 9, 8), None
+    for name in ("round1", "round2"):
+        of = params[name]
+        w = {part: leaf["kernel"] for part, leaf in of.items() if part != "groups"}
+        groups = of["groups"] if found is None else found @ of["groups"]["kernel"]
+        pooled = np.swapaxes(softmax(rows @ np.swapaxes(groups, -1, -2), axis=1), 1, 2) @ rows
+        scores = (pooled @ w["token_query"]) @ np.swapaxes(pooled @ w["token_key"], 1, 2)
+        pooled = pooled + softmax(scores) @ pooled
+        hidden = np.maximum(pooled @ w["token_hidden"] + of["token_hidden"]["bias"], 0)
+        found = pooled + hidden @ w["token_out"] + of["token_out"]["bias"]
+        rows = rows + softmax((rows @ w["query"]) @ np.swapaxes(found @ w["key"], 1, 2)) @ found
+    np.testing.assert_allclose(apply(variables, X), rows.reshape(X.shape), rtol=1e-4, atol=1e-5)
+
+
+@given(order=st.permutations(range(9)))
+def test_token_attention_of_moved_positions(tokens, order):
+    variables, apply = tokens
+
+    def moved(x):
+        return np.asarray(x).reshape(2, 9, 8)[:, order].reshape(X.shape)
+
+    np.testing.assert_allclose(apply(variables, moved(X)), moved(apply(variables, X)), rtol=1e-4, atol=1e-5)
+
+
+def test_one_token_gives_all_positions_the_same():
+    module = TokenAttention(tokens=1)
+    variables = jax.jit(module.init)(KEY, X)
+    added = jax.jit(module.apply)(variables, X) - X
+    np.testing.assert_allclose(added, np.broadcast_to(added[:, :1, :1], X.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["patchwise", "dynamic"])
+def test_weights_sum_to_one_inside_the_map(kind, request):
+    variables, apply = request.getfixturevalue(kind)
     # Equal values everywhere: any weights that sum to 1 inside the map give them back, at its corners too.
     x = np.ones((1, 3, 3, 8), np.float32)
     value = x @ np.asarray(variables["params"]["value"]["kernel"])
     np.testing.assert_allclose(apply(variables, x), x + value, rtol=1e-5, atol=1e-6)
 
 
-def test_patchwise_sees_its_patch_only(patchwise):
-    variables, apply = patchwise
+@pytest.mark.parametrize("kind", ["patchwise", "dynamic"])
+def test_a_patch_is_all_that_is_seen(kind, request):
+    variables, apply = request.getfixturevalue(kind)
     moved = X.copy()
     moved[:, 2, 2] += 1
     changed = np.any(np.asarray(apply(variables, moved)) != np.asarray(apply(variables, X)), axis=(0, 3))
@@ -145,11 +224,21 @@ def test_default_patchwise_parameters():
     assert shapes["mlp_out"]["kernel"].shape == (2, 49 * 2)
 
 
-def test_gradients_reach_all_parameters(self_attention, patchwise):
+def test_default_dynamic_filters_and_tokens():
+    shapes = jax.eval_shape(DynamicFilter().init, KEY, jnp.zeros((1, 4, 4, 16)))["params"]
+    assert shapes["context"]["kernel"].shape == (3, 3, 16, 16)
+    assert shapes["filters"]["kernel"].shape == (16, 49 * 2)
+    shapes = jax.eval_shape(TokenAttention().init, KEY, jnp.zeros((1, 4, 4, 16)))["params"]["round1"]
+    assert shapes["groups"].shape == (16, 16)
+    assert shapes["token_key"]["kernel"].shape == shapes["query"]["kernel"].shape == (16, 8)
+    assert shapes["token_hidden"]["kernel"].shape == (16, 16)
+
+
+def test_gradients_reach_all_parameters(self_attention, patchwise, dynamic, tokens):
     def loss(apply, variables, x):
         return jnp.square(apply(variables, x)).sum()
 
-    for variables, apply in ((opened(self_attention[1]), self_attention[2]), patchwise):
+    for variables, apply in ((opened(self_attention[1]), self_attention[2]), patchwise, dynamic, tokens):
         slopes = jax.jit(jax.grad(lambda v, a=apply: loss(a, v, X)))(variables)
         assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes))
     fresh = jax.jit(jax.grad(lambda v: loss(self_attention[2], v, X)))(self_attention[1])["params"]
@@ -162,6 +251,8 @@ def test_gradients_reach_all_parameters(self_attention, patchwise):
     [
         SelfAttention2D(4, 2, dtype=jnp.bfloat16),
         PatchwiseSelfAttention(3, 4, dtype=jnp.bfloat16),
+        DynamicFilter(3, 4, dtype=jnp.bfloat16),
+        TokenAttention(3, 2, dtype=jnp.bfloat16),
     ],
 )
 def test_bfloat16(module):
@@ -188,6 +279,12 @@ def test_bfloat16_is_near(self_attention):
         (ReferenceAttention(4, 2, query_from="primry"), [X, X], "Unknown source 'primry'. Did you mean 'primary'"),
         (PatchwiseSelfAttention(4, 4), [X], "kernel_size must be odd.*got 4 and 4"),
         (PatchwiseSelfAttention(3, 3), [X], "share_planes must divide the 8 channels, got 3 and 3"),
+        (DynamicFilter(4, 4), [X], "kernel_size must be odd.*got 4 and 4"),
+        (DynamicFilter(3, 4, context_size=2), [X], "context_size must be odd, got 2"),
+        (DynamicFilter(3, 4, hidden=0), [X], "hidden must be at least 1, got 0"),
+        (TokenAttention(0), [X], "tokens must be at least 1, got 0"),
+        (TokenAttention(rounds=0), [X], "rounds must be at least 1, got 0"),
+        (TokenAttention(), [X[0]], r"x must be floating point \[batch, height, width, channels\]"),
     ],
 )
 def test_errors(module, maps, message):

@@ -59,14 +59,14 @@ def test_published_sizes(resolution, base, of_generator, of_discriminator):
 @pytest.mark.parametrize("architecture", ["skip", "resnet"])
 def test_every_architecture(resolution, architecture):
     options = {"architecture": architecture, **SMALL}
-    attention = ((8, "patchwise"), (4, "global"))
+    attention = ((8, "patchwise"), (4, "global"), (4, "tokens"))
     network = gan.StyleGAN2Generator(resolution, attention=attention, latent_dim=6, style_dim=5, **options)
     made, _ = jax.eval_shape(network.init_with_output, KEY, Z)
     sizes = [4 * 2**i for i in range(resolution.bit_length() - 3)] + [resolution]
     names = {f"{size}x{size}": (4, size, size, max(min(64 // size, 16), 1)) for size in sizes}
     assert made.images.shape == (4, resolution, resolution, 3)
     assert {name: x.shape for name, x in made.features.items()} == names
-    attention = ((8, "reference"), (4, "patchwise"), (resolution, "patchwise"))
+    attention = ((8, "reference"), (4, "dynamic"), (resolution, "patchwise"))
     judge = gan.StyleGAN2Discriminator(resolution, attention=attention, **options)
     judged, _ = jax.eval_shape(judge.init_with_output, KEY, made.images, made.images)
     assert judged.logits.shape == (4,)
