@@ -119,7 +119,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.arms = ConfigDict({**gaps(*weights), **free, "cross_only": arm(intra=0.0, gap=0.0), **kept})
         config.training.epochs = 60.0
     elif variant == "fashion":
-        config.seeds, config.bits = 3, 32
+        config.bits = 32
         config.data = pairs.section("fashion_text", examples=6000, query_examples=1000, validation_examples=500)
         config.data.first_shape, config.data.second_shape, config.data.masked = (28, 28, 1), (9, 64), True
         config.data.num_examples = 6000

@@ -104,7 +104,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.arms = ConfigDict({name: one for name, one in config.arms.items() if name not in ("cca", "pca")})
         config.arms.update({f"lsh_{side}": arm(f"lsh_{side}") for side in ("first", "second")})
     elif variant == "fashion":
-        config.seeds, config.ensemble = 3, "loop"
+        config.ensemble = "loop"
         config.data = pairs.section("fashion_text", examples=6000, query_examples=1000, validation_examples=500)
         config.eval_batch_size, config.graph.anchors = 500, 300
         config.network.width, config.network.filters, config.network.epochs = 8, 64, 5.0

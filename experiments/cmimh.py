@@ -255,9 +255,11 @@ FACTORS = (
     Claim("without I_m codes know less of private factors", "", ("gap_0", KNOWN[0]), ("cross_only", KNOWN[0])),
     Claim("... and find less within the first modality", "", ("gap_0", KNOWN[1]), ("cross_only", KNOWN[1])),
 )
+WITHOUT_GAPS = [claim for claim in ORDER if "gap_1000" not in (claim.better, claim.worse)]
 STUDIES = (
     Study("digits", CONFIG, RATES, 2, ORDER),
     Study("factors", f"{CONFIG}:factors", RATES, 2, FACTORS, derived=best_interior),
+    Study("fashion", f"{CONFIG}:fashion", RATES[:2], 1, WITHOUT_GAPS, extra=True),
 )
 
 

@@ -241,4 +241,5 @@ CONFIG = "configs/dcsh.py"
 STUDIES = (
     Study("digits", CONFIG, (0.001, 0.003, 0.01, 0.03), 2, CLAIMS),
     Study("clusters", f"{CONFIG}:clusters", (), 0, CODE_CLAIMS, measure=CODE_MEASURE),
+    Study("fashion", f"{CONFIG}:fashion", (0.001, 0.003), 1, CLAIMS, extra=True),
 )

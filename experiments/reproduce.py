@@ -2,6 +2,7 @@
 
     python -m experiments.reproduce energy_kd --out runs/reproduce [--budget MINUTES] [--jobs N]
 
+METHOD runs the studies of a method, METHOD:STUDY one of them; some run only where they are named (cmimh:fashion).
 Every cell of a study is a run of its own below OUT/cells: what is finished is kept, what was interrupted goes on.
 Writes OUT/results.json, OUT/report.html and OUT/claims.md. --config.NAME=VALUE changes a field of every study's config.
 On a CPU cells run in several processes at once, those of two studies side by side.
@@ -12,7 +13,7 @@ import contextlib
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -48,14 +49,12 @@ OWN_FIELDS = ("seed", "only", "teacher.workdir", "start.workdir")
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.parser(__doc__, config=False, processes=False)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of: {', '.join(METHODS)}; all by default")
+    known = f"of: {', '.join(METHODS)}; all by default"
+    parser.add_argument("methods", nargs="*", metavar="METHOD[:STUDY]", help=known)
     parser.add_argument("--out", required=True, type=epath.Path, help="folder of the report and the cells")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start no cell after so many minutes")
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at once (on a CPU by default one a core)")
     args, overrides = cli.parse(parser, argv)
-    for method in args.methods:
-        if method not in METHODS:
-            raise unknown("method", method, METHODS)
     check(args.methods or METHODS, overrides)
     if args.budget is not None and not args.budget >= 0:
         raise UserError(f"--budget must be >= 0 minutes, got {args.budget}.")
@@ -71,18 +70,37 @@ def studies_of(method: str) -> Any:
     return importlib.import_module(f"experiments.{method}").STUDIES
 
 
-def check(methods: Any, overrides: Mapping[str, Any]) -> None:
-    """Raises UserError for overrides that a study cannot run with, before anything is run or written."""
+def chosen(names: Iterable[str]) -> list[tuple[str, Study]]:
+    """The studies that METHOD and METHOD:STUDY stand for, each once, with their methods.
+
+    Raises:
+      UserError: for methods and studies that there are not.
+    """
+    found = {}
+    for name in names:
+        method, _, wanted = name.partition(":")
+        if method not in METHODS:
+            raise unknown("method", method, METHODS)
+        studies = {study.name: study for study in studies_of(method)}
+        if wanted and wanted not in studies:
+            raise unknown(f"study of {method}", wanted, studies)
+        for study in [studies[wanted]] if wanted else studies.values():
+            if wanted or not study.extra:
+                found[method, study.name] = (method, study)
+    return list(found.values())
+
+
+def check(names: Iterable[str], overrides: Mapping[str, Any]) -> None:
+    """Raises UserError for studies that there are not, and overrides that one cannot run with; runs nothing."""
     for name in overrides:
         if name in OWN_FIELDS or (name.startswith("arms.") and name.endswith(".lr")):
             raise UserError(f"--config.{name} is set by the studies themselves: leave it out.")
-    for method in methods:
-        for study in studies_of(method):
-            config = cli.load_config(study.config, overrides)
-            if config.seeds < 2:
-                raise UserError(f"seeds={config.seeds}: differences between arms need at least 2 paired seeds.")
-            if study.rates and config.data.get("validation_examples", 1) < 1:
-                raise UserError("data.validation_examples=0: the arms' learning rates are tuned on validation rows.")
+    for _, study in chosen(names):
+        config = cli.load_config(study.config, overrides)
+        if config.seeds < 2:
+            raise UserError(f"seeds={config.seeds}: differences between arms need at least 2 paired seeds.")
+        if study.rates and config.data.get("validation_examples", 1) < 1:
+            raise UserError("data.validation_examples=0: the arms' learning rates are tuned on validation rows.")
 
 
 def earlier_results(out: epath.Path) -> dict[str, Any]:
@@ -108,13 +126,13 @@ def earlier_results(out: epath.Path) -> dict[str, Any]:
 
 
 def reproduce(
-    methods: Any,
+    names: Iterable[str],
     out: epath.Path,
     deadline: float | None = None,
     overrides: Mapping[str, Any] | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Runs the studies of the methods and writes the report; a study that cannot run says why.
+    """Runs the `chosen` studies and writes the report; a study that cannot run says why.
 
     What the folder's report holds of other methods, and of studies that cannot run now, is kept.
     """
@@ -122,7 +140,7 @@ def reproduce(
     results = earlier_results(out)
     if jobs > 1:
         overrides = {"loop.progress": False, **(overrides or {})}  # bars of several processes
-    tasks = [(method, study) for method in methods for study in studies_of(method)]
+    tasks = chosen(names)
     # Threads outside: they wait for cells, which are told to stop when the processes are.
     with _side_by_side(jobs) as each, cells.workers(jobs) as run_cells:
         outcomes = each(lambda task: _study(task[0], task[1], out, deadline, overrides or {}, run_cells), tasks)

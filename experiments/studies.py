@@ -64,6 +64,7 @@ class Study:
       shared: stages that all arms start from, which run once for the tuning seeds and once for the final ones.
       given: the field of the config by which an arm finds the folder of the run that holds them.
       measure: what arms are compared by, where it is not the method's.
+      extra: whether it runs only where it is named, since it takes long or needs packages of data.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Study:
     shared: Sequence[str] = ()
     given: str = "teacher.workdir"
     measure: Measure | None = None
+    extra: bool = False
 
 
 TUNING_SEED = 1000

@@ -435,6 +435,16 @@ def test_any_metric_can_be_compared():
 def test_reproduce_refuses_unknown_methods(refused, untouched):
     line = refused(reproduce.main, "energy-kd", "--out", untouched() / "out")
     assert "Unknown method 'energy-kd'. Did you mean 'energy_kd'?" in line
+    line = refused(reproduce.main, "cmimh:fashon", "--out", untouched() / "out")
+    assert "Unknown study of cmimh 'fashon'. Did you mean 'fashion'?" in line
+
+
+def test_extra_studies_run_where_they_are_named(monkeypatch):
+    extra = dataclasses.replace(STUDY, name="large", extra=True)
+    monkeypatch.setattr(energy_kd, "STUDIES", (STUDY, extra))
+    assert reproduce.chosen(["energy_kd"]) == [("energy_kd", STUDY)]
+    assert reproduce.chosen(["energy_kd:large", "energy_kd"]) == [("energy_kd", extra), ("energy_kd", STUDY)]
+    assert reproduce.chosen(["energy_kd", "energy_kd:tiny"]) == [("energy_kd", STUDY)]
 
 
 def test_a_study_without_rates_needs_no_validation_rows(made_up, tmp_path, monkeypatch):
