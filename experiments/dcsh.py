@@ -239,7 +239,7 @@ CODE_CLAIMS = (
 )
 CONFIG = "configs/dcsh.py"
 STUDIES = (
-    Study("digits", CONFIG, (0.001, 0.003, 0.01, 0.03), 2, CLAIMS),
+    Study("digits", CONFIG, (0.003, 0.01, 0.03), 2, CLAIMS, fixed=LINEAR, widen=1),
     Study("clusters", f"{CONFIG}:clusters", (), 0, CODE_CLAIMS, measure=CODE_MEASURE),
-    Study("fashion", f"{CONFIG}:fashion", (0.001, 0.003), 1, CLAIMS, extra=True),
+    Study("fashion", f"{CONFIG}:fashion", (0.001, 0.003), 1, CLAIMS, extra=True, fixed=LINEAR, widen=1),
 )

@@ -280,7 +280,7 @@ SINGLE = (
 )
 ARMS = ("heads1", "wide1", "heads4", "heads8", "undiverse", "diverse", "all_negatives", "mean")
 STUDIES = (
-    Study("collages", CONFIG, RATES, 2, COLLAGES, arms=ARMS, derived=compared),
-    Study("scenes", f"{CONFIG}:scenes", RATES, 2, (*SEVERAL, *WORST), derived=compared),
-    Study("single", f"{CONFIG}:single", RATES, 2, SINGLE, arms=("heads1", "heads4", "heads8"), derived=best),
+    Study("collages", CONFIG, RATES, 2, COLLAGES, arms=ARMS, derived=compared, widen=1),
+    Study("scenes", f"{CONFIG}:scenes", RATES, 2, (*SEVERAL, *WORST), derived=compared, widen=1),
+    Study("single", f"{CONFIG}:single", RATES, 2, SINGLE, arms=("heads1", "heads4", "heads8"), derived=best, widen=1),
 )

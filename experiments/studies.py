@@ -57,6 +57,8 @@ class Study:
         the final runs do not use. One: all arms take it, and nothing is tuned. Empty: nothing is tuned, and all arms
         run together at the rates of the config.
       tuning_seeds: how many.
+      widen: how often an arm whose best rate is the lowest or the highest of those tried gets another one beyond it.
+      fixed: arms without a learning rate, which run once: nothing of them is tuned.
       claims: what is tested.
       arms: of the config that take part; empty: all.
       derived: `derived(stages) -> stages`: made of the final ones, with metrics of the same seeds, for claims about
@@ -78,6 +80,8 @@ class Study:
     given: str = "teacher.workdir"
     measure: Measure | None = None
     extra: bool = False
+    widen: int = 0
+    fixed: Sequence[str] = ()
 
 
 TUNING_SEED = 1000
@@ -142,6 +146,30 @@ def best_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
     return {arm: max(sorted(of), key=lambda rate: of[rate]) for arm, of in scores.items()}
 
 
+def further_rates(scores: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+    """The next rate of each arm whose best one is at an edge: as far from it as its neighbor, to one digit."""
+    found = {}
+    for arm, best in best_rates(scores).items():
+        tried = sorted(scores[arm])
+        if best in (tried[0], tried[-1]):
+            neighbor = tried[1] if best == tried[0] else tried[-2]
+            found[arm] = float(f"{best * best / neighbor:.1g}")
+    return found
+
+
+def _tuned(
+    study: Study, arms: Sequence[str], run: Callable[[Sequence[tuple[str, float]]], Sequence[Any]], measure: Measure
+) -> dict[str, dict[float, float]]:
+    """The scores of every arm at every rate tried; `run([(arm, rate)])` gives their results."""
+    scores: dict[str, dict[float, float]] = {arm: {} for arm in arms}
+    grid = [(arm, rate) for arm in arms for rate in study.rates]
+    for _ in range(study.widen + 1):
+        for (arm, rate), results in zip(grid, run(grid), strict=True):
+            scores[arm][rate] = _score(results, arm, measure)
+        grid = list(further_rates(scores).items())
+    return scores
+
+
 def run_study(
     study: Study,
     run: Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Any]],
@@ -166,17 +194,19 @@ def run_study(
     first["teachers"] = only
     taught = _sound(run(first)) if teachers else {}
 
-    def student(arm: str, rate: float, teacher: str) -> dict[str, Any]:
+    def student(arm: str, rate: float | None, teacher: str) -> dict[str, Any]:
         given = {study.given: taught[teacher]["workdir"]} if taught else {}
-        return {"only": (arm,), f"arms.{arm}.lr": rate, **given}
+        return {"only": (arm,), **({} if rate is None else {f"arms.{arm}.lr": rate}), **given}
 
-    grid = {f"tuning-{arm}-{rate:g}": (arm, rate) for arm in arms for rate in study.rates if len(study.rates) > 1}
-    tried = run({name: {**tuning, **student(*of, "tuning-teachers")} for name, of in grid.items()})
-    scores: dict[str, dict[float, float]] = {arm: {} for arm, _ in grid.values()}
-    for name, (arm, rate) in grid.items():
-        scores[arm][rate] = _score(tried[name], arm, measure)
-    chosen = best_rates(scores) if scores else dict.fromkeys(arms, study.rates[0])
-    final = _sound(run({f"final-{arm}": student(arm, rate, "teachers") for arm, rate in chosen.items()}))
+    def tune(grid: Sequence[tuple[str, float]]) -> list[Any]:
+        named = {f"tuning-{arm}-{rate:g}": (arm, rate) for arm, rate in grid}
+        tried = run({name: {**tuning, **student(*of, "tuning-teachers")} for name, of in named.items()})
+        return [tried[name] for name in named]
+
+    rated = [arm for arm in arms if arm not in study.fixed]
+    scores = _tuned(study, rated, tune, measure) if len(study.rates) > 1 else {}
+    chosen = best_rates(scores) if scores else dict.fromkeys(rated, study.rates[0])
+    final = _sound(run({f"final-{arm}": student(arm, chosen.get(arm), "teachers") for arm in arms}))
     stages = {name: taught["teachers"]["stages"][name] for name in teachers}
     for arm in arms:  # with the stages that led to it
         found = final[f"final-{arm}"]["stages"]

@@ -128,6 +128,28 @@ def test_a_study_tunes_on_other_seeds_and_shares_its_teachers():
     assert found["stages"]["teacher"]["metrics"]["test/top1"] == [99.0] * 3
 
 
+def test_rates_beyond_an_edge_and_arms_without_a_rate():
+    best, calls = {"low": 0.0003, "middle": 0.003, "high": 3.0}, {}
+
+    def run(cell, overrides):
+        calls[cell] = overrides
+        (arm,) = overrides["only"]
+        rate = overrides.get(f"arms.{arm}.lr", 1.0)
+        found = tuned(**{arm: [-abs(np.log(rate / best.get(arm, 1.0)))] * 2})
+        return {"workdir": f"/cells/{cell}", "stages": found | (arms(**{arm: [50.0] * 3}) if "final" in cell else {})}
+
+    study = dataclasses.replace(STUDY, rates=(0.001, 0.003, 0.01), claims=[], fixed=("none",), widen=2)
+    found = studies.run_study(study, one_by_one(run), [], [*best, "none"])
+    assert found["rates"] == {"low": 0.0003, "middle": 0.003, "high": 0.09}
+    assert {arm: list(tried) for arm, tried in found["tuning"].items()} == {
+        "low": ["0.001", "0.003", "0.01", "0.0003", "9e-05"],
+        "middle": ["0.001", "0.003", "0.01"],
+        "high": ["0.001", "0.003", "0.01", "0.03", "0.09"],
+    }
+    assert [cell for cell in calls if "none" in cell] == ["final-none"]
+    assert calls["final-none"] == {"only": ("none",)}
+
+
 def test_a_study_without_rates_is_one_run_of_all_arms():
     calls = {}
 
