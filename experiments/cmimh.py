@@ -260,7 +260,7 @@ LINEAR: dict[str, Any] = {"fixed": ("cca", "pca", "random"), "widen": 1}
 STUDIES = (
     Study("digits", CONFIG, RATES, 2, ORDER, **LINEAR),
     Study("factors", f"{CONFIG}:factors", RATES, 2, FACTORS, derived=best_interior, **LINEAR),
-    Study("fashion", f"{CONFIG}:fashion", RATES[:2], 1, WITHOUT_GAPS, extra=True, **LINEAR),
+    Study("fashion", f"{CONFIG}:fashion", (0.003, 0.01, 0.03), 1, WITHOUT_GAPS, extra=True, **LINEAR),
 )
 
 

@@ -244,7 +244,7 @@ STUDIES = (
     Study(
         "fashion",
         f"{CONFIG}:fashion",
-        (0.001, 0.003),
+        (0.003, 0.01, 0.03),
         1,
         [claim for claim in CLAIMS if claim.worse not in ("uncoupled", "unweighted")],
         arms=("joint", "init", "first", "second", "lsh", *LINEAR[:2]),
