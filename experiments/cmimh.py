@@ -256,11 +256,11 @@ FACTORS = (
     Claim("... and find less within the first modality", "", ("gap_0", KNOWN[1]), ("cross_only", KNOWN[1])),
 )
 WITHOUT_GAPS = [claim for claim in ORDER if "gap_1000" not in (claim.better, claim.worse)]
-LINEAR: dict[str, Any] = {"fixed": ("cca", "pca", "random"), "widen": 1}
+TUNING: dict[str, Any] = {"fixed": judge.LINEAR, "widen": 1}
 STUDIES = (
-    Study("digits", CONFIG, RATES, 2, ORDER, **LINEAR),
-    Study("factors", f"{CONFIG}:factors", RATES, 2, FACTORS, derived=best_interior, **LINEAR),
-    Study("fashion", f"{CONFIG}:fashion", (0.003, 0.01, 0.03), 1, WITHOUT_GAPS, extra=True, **LINEAR),
+    Study("digits", CONFIG, RATES, 2, ORDER, **TUNING),
+    Study("factors", f"{CONFIG}:factors", RATES, 2, FACTORS, derived=best_interior, **TUNING),
+    Study("fashion", f"{CONFIG}:fashion", (0.003, 0.01, 0.03), 1, WITHOUT_GAPS, extra=True, **TUNING),
 )
 
 

@@ -33,7 +33,7 @@ def discriminator(model: str, **changes: Any) -> ConfigDict:
     config.fmap_base, config.fmap_max = 8192, 512  # of stylegan2
     config.architecture = "resnet"  # of stylegan2: or skip
     config.minibatch_group = 4  # of stylegan2: images whose deviation is looked at; 0: not at all
-    config.attention = ()  # of stylegan2: likewise; and reference
+    config.attention = ()  # of stylegan2: as the generator's, or of reference
     config.update(changes)
     return config
 

@@ -109,7 +109,11 @@ class SelfAttention2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
-        """Maps [batch, height, width, channels] to the same shape, in `dtype`."""
+        """Maps [batch, height, width, channels] to the same shape, in `dtype`.
+
+        Raises:
+          UserError: for other maps, or attributes that do not fit them.
+        """
         check_maps("x", x)
         return _attend(self, x, x, x, x)
 
@@ -147,7 +151,11 @@ class ReferenceAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_primary: Maps, x_reference: Maps) -> Maps:
-        """Maps two [batch, height, width, channels] to one, in `dtype`."""
+        """Maps two [batch, height, width, channels] to one, in `dtype`.
+
+        Raises:
+          UserError: for other maps, or attributes that do not fit them.
+        """
         check_maps("x_primary", x_primary)
         if x_primary.shape != x_reference.shape:
             raise UserError(
@@ -223,7 +231,11 @@ class TokenAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
-        """Maps [batch, height, width, channels] to the same shape, in `dtype`."""
+        """Maps [batch, height, width, channels] to the same shape, in `dtype`.
+
+        Raises:
+          UserError: for other maps, or attributes that do not fit them.
+        """
         check_maps("x", x)
         channels = x.shape[-1]
         qk_dim = max(channels // 2, 1) if self.qk_dim is None else self.qk_dim

@@ -106,7 +106,11 @@ class PatchwiseSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
-        """Maps [batch, height, width, channels] to the same shape, in `dtype`."""
+        """Maps [batch, height, width, channels] to the same shape, in `dtype`.
+
+        Raises:
+          UserError: for other maps, or attributes that do not fit them.
+        """
         groups = _check_patches(self, x)
         return _add_patches(self, x, _softmax_inside(self._scores(x, groups), self.kernel_size))
 
@@ -162,7 +166,11 @@ class DynamicFilter(nn.Module):
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
-        """Maps [batch, height, width, channels] to the same shape, in `dtype`."""
+        """Maps [batch, height, width, channels] to the same shape, in `dtype`.
+
+        Raises:
+          UserError: for other maps, or attributes that do not fit them.
+        """
         groups = _check_patches(self, x)
         filters = self._filters(x, groups)
         return _add_patches(self, x, _softmax_inside(filters, self.kernel_size) if self.normalize else filters)
